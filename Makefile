@@ -1,0 +1,81 @@
+# Everything is set up in .venv beside this file; nothing but make and Python 3.11 or 3.12 is needed beforehand.
+# Another Python than the one found: make clean, then make setup PYTHON=/path/to/python3.12
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types direction size format base-model wheel python clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := kernels engine rl
+
+# A name on the PATH proves little: version managers leave shims that exist and fail, and some systems split venv off.
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11)
+PROBE := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+FIND_PYTHON = for python in $(CANDIDATES); do if "$$python" -c "$(PROBE)" >/dev/null 2>&1; then break; fi; python=; done; \
+	if [ -z "$$python" ]; then \
+		echo "error: no usable Python 3.11 or 3.12 with venv and ensurepip among: $(CANDIDATES)" >&2; \
+		echo "       install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi
+QUIET_PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --progress-bar off
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '%-18s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## create .venv and install everything into it (again only when pyproject.toml or setup.py change)
+
+# --no-build-isolation: the setuptools of the line above does the editable install, so its lower bound holds there too.
+$(READY): pyproject.toml setup.py
+	@$(FIND_PYTHON); \
+	if ! $(BIN)/python -c "$(PROBE); import pip" 2>/dev/null; then \
+		echo "creating $(VENV) with $$("$$python" -V) ($$python)"; "$$python" -m venv --clear $(VENV) || exit 1; fi
+	@echo "installing into $(VENV) (the first time takes a minute or more: torch is large)"
+	@{ $(QUIET_PIP) 'setuptools>=77' && $(QUIET_PIP) --no-build-isolation --editable '.[dev]'; } \
+		>$(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log >&2; exit 1; }
+	@mkdir -p $(VENV)/typing/longreach && cd $(VENV)/typing/longreach && \
+		for name in $(PACKAGES); do ln -sfn ../../../$$name $$name; done
+	@touch $@
+
+demo: setup ## train the demo from its base model and draw the picture (minutes on two cores)
+	@$(BIN)/longreach demo
+
+# Every part runs even if one before it failed; pytest comes last, so that its closing line closes the output.
+test: setup ## lint, format, types, import direction, sizes, then every test
+	@failed=; for part in lint types direction size; do $(MAKE) --silent --no-print-directory $$part || failed="$$failed $$part"; done; \
+	[ -z "$$failed" ] || echo "FAILED before the tests:$$failed"; \
+	$(BIN)/python -P -m pytest -n 2 --dist loadgroup && [ -z "$$failed" ]
+
+lint: setup ## ruff: rules, then formatting
+	@rc=0; $(BIN)/ruff check --output-format concise . || rc=1; \
+	$(BIN)/ruff format --check --output-format concise . || rc=1; \
+	[ $$rc = 0 ] || echo "make format mends what can be mended without thought"; exit $$rc
+
+types: setup ## basedpyright
+	@$(BIN)/basedpyright
+
+direction: setup ## imports point one way: rl -> engine -> kernels
+	@$(BIN)/python tests/checks/import_direction.py .
+
+size: setup ## table of file and function sizes, with its limits
+	@$(BIN)/python tests/checks/size_table.py .
+
+format: setup ## ruff: format, and mend what it can
+	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
+
+base-model: setup ## train again the base model that the demo starts from (at most an hour on two cores)
+	@$(BIN)/python -m longreach.rl.base_model rl/assets/demo-base
+
+# Left-overs of an earlier build would be packed too.
+wheel: setup ## build dist/longreach-*.whl
+	@rm -rf build dist && $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
+		--wheel-dir dist . && ls dist
+
+python: ## print the Python that set-up would use
+	@$(FIND_PYTHON); echo "$$python"
+
+clean: ## remove .venv and everything built or cached (runs/ stays)
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	@find $(PACKAGES) bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,19 @@
+"""What makes a model run: loading, attention wiring, packing, generation, checkpoints."""
+
+from .completions import completion_hidden, completion_logprobs
+from .generate import Completion, Sampling, generate
+from .model import load_model, load_tokenizer
+from .packing import Group, PackedRow, pack_groups
+
+__all__ = [
+    "Completion",
+    "Group",
+    "PackedRow",
+    "Sampling",
+    "completion_hidden",
+    "completion_logprobs",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "pack_groups",
+]

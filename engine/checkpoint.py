@@ -1,0 +1,190 @@
+"""Checkpoints that survive a kill at any moment.
+
+Written aside, synced to disk, sealed by a manifest of sizes and SHA-256 sums, then renamed: a folder with the final
+name is complete, and one that was damaged later is recognised and passed over for the one before it. State is tensors in
+safetensors plus JSON; nothing is pickled, so nothing from a run folder can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "COMPLETE.json"
+_ASIDE = ".writing-"
+
+
+def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
+    """Calls `write(folder)` on a folder aside, seals it and gives it the name `{step:08d}`; then drops all but the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable. What was written aside is removed and older checkpoints stand.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final, aside = root / f"{step:08d}", root / f"{_ASIDE}{step:08d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        write(aside)
+        _seal(aside)
+        if final.exists():  # the same step again after a resume: replace it
+            shutil.rmtree(final)
+        aside.rename(final)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _sync(root)
+    for old in _folders(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint, or None; what is damaged is named through `say` and left where it is."""
+    for folder in reversed(_folders(root)):
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        say(f"checkpoint {folder} is damaged ({damage}): falling back to the one before it")
+    return None
+
+
+def drop_newer(root: Path, step: int) -> None:
+    """Removes checkpoints after `step` (damaged ones that were passed over) and what a kill left half-written."""
+    for folder in _folders(root):
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    for left in root.glob(f"{_ASIDE}*"):
+        shutil.rmtree(left)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(folder for folder in root.glob("[0-9]" * 8) if folder.is_dir())
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
+    for path in files:
+        _sync(path)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(folder / MANIFEST)
+    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _sync(path)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            return f"{name} is missing or has another size"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} has other contents"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A text file that is either the old one or the new one, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{_ASIDE}{path.name}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def save_state(state: Any, folder: Path, name: str) -> None:
+    """Nested dicts, lists, tuples, numbers, strings, None and tensors -> `name.json` and `name.safetensors`."""
+    tensors: dict[str, Tensor] = {}
+    (folder / f"{name}.json").write_text(json.dumps(_encode(state, tensors)))
+    save_file(tensors, folder / f"{name}.safetensors")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """What `save_state` wrote, tensors on the CPU."""
+    tensors = load_file(folder / f"{name}.safetensors")
+    return _decode(json.loads((folder / f"{name}.json").read_text()), tensors)
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return {"list": [_encode(v, tensors) for v in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint can't hold {type(value).__name__}")
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {_decode(k, tensors): _decode(v, tensors) for k, v in inner}
+    items = [_decode(v, tensors) for v in inner]
+    return tuple(items) if kind == "tuple" else items
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random number generator that training could touch: Python, numpy, torch on CPU and on each GPU."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (
+            str(kind),
+            torch.from_numpy(np.array(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,97 @@
+"""AdamW on the trainable parameters, global gradient clipping, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .model import trainable
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; the learning rate stands with each stage. `grad_clip` bounds the global gradient norm (0 turns it off)."""
+
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.grad_clip < 0:
+            raise ValueError(f"optimizer.grad_clip must be 0 (off) or positive, not {self.grad_clip}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of a stage of `steps` updates: linear warm-up, then constant, or down to zero."""
+
+    learning_rate: float
+    warmup_steps: int = 0
+    kind: str = "constant"
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"schedule {self.kind!r} is not one of {', '.join(SCHEDULES)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+
+    def at(self, update: int, updates: int) -> float:
+        """Learning rate of update number `update` (from 0) of `updates`."""
+        if update < self.warmup_steps:
+            return self.learning_rate * (update + 1) / self.warmup_steps
+        left = 1.0 - (update - self.warmup_steps) / max(1, updates - self.warmup_steps)
+        if self.kind == "linear":
+            return self.learning_rate * left
+        return self.learning_rate * (0.5 - 0.5 * math.cos(math.pi * left) if self.kind == "cosine" else 1.0)
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Matrices decay; vectors (norms, biases) don't."""
+    parameters = list(trainable(model).values())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def apply_update(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, grad_clip: float) -> float:
+    """Clips, steps and clears; gives the gradient norm before clipping.
+
+    A parameter without a gradient gets a zero one, so that an update whose advantages are all zero moves the optimizer's
+    averages in the same way whether its rows were computed or skipped.
+
+    Raises:
+        FloatingPointError: the gradient isn't finite; the weights are untouched.
+    """
+    parameters = list(trainable(model).values())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    if not bool(torch.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"gradient norm is {norm.item()}: lower the learning rate or look at the last rollouts"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()

@@ -1,0 +1,146 @@
+"""Strict reading of nested settings into frozen dataclasses.
+
+An unknown key or a value of the wrong type stops with the key's full name, the nearest known key and what would fit.
+A value from the command line comes as text (`Raw`) and is read as the type that the field has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Raw(str):
+    """Text from the command line, not yet read as a type."""
+
+    __slots__ = ()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?', or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a mapping of its fields, nested ones included.
+
+    Raises:
+        ValueError: unknown key, missing key, wrong type, or what the dataclass itself refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise ValueError(f"unknown key {_join(where, key)!r}: {nearest(name, fields)}")
+        arguments[name] = _read(hints[name], value, _join(where, name))
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in arguments:
+            raise ValueError(
+                f"{_join(where, name)!r} is missing: give it in the recipe or as --{_join(where, name).replace('_', '-')}"
+            )
+    return cls(**arguments)
+
+
+def override(values: dict[str, Any], key: str, text: str) -> None:
+    """Sets the dotted `key` (list items by index: `phases.0.steps`) in nested `values` to raw text."""
+    *path, last = key.replace("-", "_").split(".")
+    at: Any = values
+    for depth, part in enumerate(path):
+        if isinstance(at, list):
+            at = at[_index(part, at, ".".join(path[: depth + 1]))]
+        else:
+            at = at.setdefault(part, {})
+        if not isinstance(at, dict | list):
+            raise ValueError(f"{key!r}: {'.'.join(path[: depth + 1])!r} is a value, not a section")
+    if isinstance(at, list):
+        at[_index(last, at, key)] = Raw(text)
+    else:
+        at[last] = Raw(text)
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """The dataclass as nested plain values without None: what `build` reads back to an equal one."""
+    if dataclasses.is_dataclass(config):
+        items = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        return {name: dump(value) for name, value in items if value is not None}
+    if isinstance(config, dict):
+        return {key: dump(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [dump(item) for item in config]  # type: ignore[return-value]
+    return config
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _index(part: str, items: list[Any], key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ValueError(f"{key!r}: {part!r} is not one of the {len(items)} items (counted from 0)")
+    return int(part)
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if value is None or (isinstance(value, Raw) and value == "none"):
+            return None
+        return _read(inner[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where!r} is a section, not {value!r}: write it as [{where}] with keys")
+        return build(typing.cast(type, hint), value, where)
+    if origin is dict:
+        inner = typing.get_args(hint)[1]
+        return {key: _read(inner, item, _join(where, key)) for key, item in value.items()}
+    if origin is tuple:
+        return _read_tuple(typing.get_args(hint)[0], value, where)
+    return _read_scalar(hint, value, where)
+
+
+def _read_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, Raw):
+        value = [Raw(part.strip()) for part in value.split(",") if part.strip()]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{where!r} must be a list, not {value!r}")
+    return tuple(_read(item, part, f"{where}.{index}") for index, part in enumerate(value))
+
+
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+def _read_scalar(hint: type, value: Any, where: str) -> Any:
+    wrong = ValueError(f"{where!r} must be {_NAMES[hint]}, not {value!r}")
+    if hint is str:
+        if isinstance(value, str):
+            return str(value)
+        raise wrong
+    if isinstance(value, Raw):
+        if hint is bool:
+            if value.lower() in _BOOLEANS:
+                return _BOOLEANS[value.lower()]
+            raise wrong
+        try:
+            return hint(value.replace("_", ""))
+        except ValueError:
+            raise wrong from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise wrong
+    return value
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

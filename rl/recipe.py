@@ -1,0 +1,175 @@
+"""A recipe is one TOML file: every component's settings, each dataclass living beside its owner.
+
+`extends = "other"` starts from another recipe; command-line overrides come last. Combinations that can't work are
+refused here, before a model or a document is read.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..engine.generate import GeneratorConfig
+from ..engine.model import ModelConfig
+from ..engine.optimizer import OptimizerConfig
+from .config import build, nearest, override
+from .curriculum import Phase, check_bounds
+from .data import DataConfig
+from .evaluate import EvalConfig
+from .grpo import GrpoConfig
+from .retrospective import RetrospectiveConfig
+from .rewards import RewardConfig
+from .run import RunConfig
+from .sft import SftConfig
+from .synthetic import Synthetic
+
+SYNTHETIC = "synthetic:"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole main job. Sections that are left out have their defaults; `sft` and `phases` may each be absent."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    synthetic: dict[str, Synthetic] = field(default_factory=dict)
+    sft: SftConfig | None = None
+    rl: GrpoConfig = field(default_factory=GrpoConfig)
+    phases: tuple[Phase, ...] = ()
+    retrospective: RetrospectiveConfig | None = None
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_bounds(self.phases)
+        self._check_sources()
+        for index, phase in enumerate(self.phases):
+            self._check_phase(index, phase)
+        if not self.sft and not self.phases:
+            raise ValueError("the recipe has neither [sft] nor [[phases]]: there is nothing to train")
+        if self.retrospective and len(self.phases) < 2:
+            raise ValueError("[retrospective] carries prompts into a later phase, but there is only one of [[phases]]")
+
+    def _check_sources(self) -> None:
+        if self.phases and not self.data.train:
+            raise ValueError("[[phases]] need prompts: set data.train to a file, a datasets name or synthetic:NAME")
+        for key, source in (
+            ("data.train", self.data.train),
+            *(("data.eval", s) for s in self.data.eval),
+            ("sft.data", self.sft.data if self.sft else ""),
+        ):
+            name = source.removeprefix(SYNTHETIC)
+            if source.startswith(SYNTHETIC) and name not in self.synthetic:
+                raise ValueError(
+                    f"{key} = {source!r}, but there is no section [synthetic.{name}]: {nearest(name, self.synthetic)}"
+                )
+
+    def _check_phase(self, index: int, phase: Phase) -> None:
+        need = phase.upper + phase.max_completion
+        if self.rl.micro_batch_tokens < need:
+            raise ValueError(
+                f"rl.micro_batch_tokens = {self.rl.micro_batch_tokens} can't hold one prompt of phases.{index} with one completion "
+                f"({phase.upper} + {phase.max_completion} = {need} tokens): raise it to {need} at least, or lower the phase's limits"
+            )
+        cached = phase.upper + self.rl.group_size * phase.max_completion
+        if self.generator.batch_tokens < cached:
+            raise ValueError(
+                f"generator.batch_tokens = {self.generator.batch_tokens} can't hold one group of phases.{index} "
+                f"({phase.upper} + {self.rl.group_size} x {phase.max_completion} = {cached} tokens): raise it to {cached} at least"
+            )
+        if self.rl.overlong_buffer >= phase.max_completion:
+            raise ValueError(
+                f"rl.overlong_buffer = {self.rl.overlong_buffer} covers all {phase.max_completion} tokens of phases.{index}'s "
+                "completions: it must be smaller than max_completion"
+            )
+
+    def buckets(self) -> list[int]:
+        """Upper bounds of the length buckets of evaluation, in tokens."""
+        return list(self.eval.buckets) or [phase.upper for phase in self.phases]
+
+    def window(self) -> int:
+        """Tokens that the model's positions must cover: the longest prompt with its completion."""
+        return max((p.upper + p.max_completion for p in self.phases), default=self.sft.upper if self.sft else 0)
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(resources.files(__package__) / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """The recipe file or shipped recipe `name` with `overrides` [(dotted key, text)] applied.
+
+    Raises:
+        ValueError: no such recipe, unreadable TOML, or anything that `build` or the recipe's own checks refuse.
+    """
+    values = _read_toml(name, ())
+    for key, text in overrides:
+        override(values, key, text)
+    values.setdefault("name", Path(name).stem)
+    return build(Recipe, values)
+
+
+def _read_toml(name: str, chain: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".toml") else shipped().get(name)
+    if path is None or not path.is_file():
+        raise ValueError(f"no recipe {name!r}: {nearest(name, shipped())} (or give the path of a .toml file)")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if parent in chain:
+        raise ValueError(f"{path}: extends {parent!r}, which extends this recipe again")
+    beside = path.parent / parent
+    base = _read_toml(str(beside) if parent.endswith(".toml") else parent, (*chain, name))
+    return _merge(base, {"name": path.stem, **values})
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merge key by key; values and lists (phases) are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def to_toml(values: Mapping[str, Any], where: str = "") -> str:
+    """TOML text of `config.dump(recipe)`: what a run folder keeps, readable by `load_recipe`."""
+    scalars = {k: v for k, v in values.items() if not isinstance(v, Mapping) and not _is_tables(v)}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in scalars.items()]
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else key
+        if isinstance(value, Mapping):
+            lines += ["", f"[{name}]", to_toml(value, name)]
+        elif _is_tables(value):
+            for item in value:
+                lines += ["", f"[[{name}]]", to_toml(item, name)]
+    return "\n".join(lines).strip() + "\n" if not where else "\n".join(lines)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

@@ -1,0 +1,169 @@
+"""The run folder: recipe, metrics, every rollout, evaluations, pool and checkpoints; what is needed to resume or replay.
+
+Files grow by whole lines. After a kill, whatever lies beyond the last good checkpoint is cut off and made again, and since
+seeds are functions of the step it comes out the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..engine.checkpoint import write_atomically
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`save_every` steps a checkpoint is written (each stage's end writes one too); `threads` 0 leaves torch's own number."""
+
+    seed: int = 0
+    save_every: int = 25
+    keep_checkpoints: int = 2
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1 or self.keep_checkpoints < 1:
+            raise ValueError(
+                f"run.save_every and run.keep_checkpoints must be at least 1, not {self.save_every} and {self.keep_checkpoints}"
+            )
+
+
+class RunFolder:
+    """Paths and line files of one run. One process at a time: a second one is refused."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    def rollouts_file(self, stage: str, step: int) -> Path:
+        return self.root / "rollouts" / stage / f"{step:06d}.jsonl"
+
+    def eval_file(self, stage: str) -> Path:
+        return self.root / "evals" / f"{stage}.json"
+
+    def pool_file(self, stage: str) -> Path:
+        return self.root / "pool" / f"{stage}.jsonl"
+
+    def open(self, recipe_text: str) -> None:
+        """Claims the folder for this recipe.
+
+        Raises:
+            ValueError: the folder belongs to another recipe, isn't a run folder, or another process is writing it.
+        """
+        kept = self.root / "recipe.toml"
+        if self.root.exists() and not kept.exists() and any(self.root.iterdir()):
+            raise ValueError(f"{self.root} is not empty and not a run folder: give another --run-dir")
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.root / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {self.root}: wait for it, or give another --run-dir"
+            ) from None
+        if kept.exists() and kept.read_text(encoding="utf-8") != recipe_text:
+            raise ValueError(
+                f"{self.root} was begun with another recipe ({_first_difference(kept, recipe_text)}): resume with that one, or give another --run-dir"
+            )
+        if not kept.exists():
+            write_atomically(kept, recipe_text)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def rewind(self, step: int) -> None:
+        """Cuts off metrics, rollouts and evaluations that were made after `step`."""
+        if self.metrics_file.exists():
+            kept = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
+            write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        for path in (self.root / "rollouts").glob("phase*/*.jsonl"):
+            if int(path.stem) > step:
+                path.unlink()
+        for path in (self.root / "evals").glob("*.json"):
+            if json.loads(path.read_text())["step"] > step:
+                path.unlink()
+
+    def drop(self, *folders: str) -> None:
+        """Removes whole sub-folders (of a stage that starts again)."""
+        for folder in folders:
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+        """A whole JSONL file or none."""
+        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+class BatchLog:
+    """Results of a long pass, batch by batch: finished batches are found again after a kill, a torn one is made anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._done: dict[int, list[dict[str, Any]]] = {}
+        if path.exists():
+            self._done = {line["batch"]: line["rows"] for line in read_lines(path)}
+
+    def get(self, batch: int) -> list[dict[str, Any]] | None:
+        return self._done.get(batch)
+
+    def add(self, batch: int, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes()[-1:] == b"\n"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps({"batch": batch, "rows": rows}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._done[batch] = rows
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a file that a kill may have torn: lines that don't parse are the torn ones."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def _first_difference(kept: Path, text: str) -> str:
+    old, new = set(kept.read_text(encoding="utf-8").splitlines()), set(text.splitlines())
+    there, here = sorted(old - new), sorted(new - old)
+    return f"there: {there[0] if there else '-'}; here: {here[0] if here else '-'}"
+
+
+class Stopwatch:
+    """Seconds by name, under verl's names: `timing_s/gen` and so on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"timing_s/{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start

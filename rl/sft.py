@@ -1,0 +1,102 @@
+"""Warm-up SFT: the loss is over response tokens only, and every example weighs the same however long its response is.
+
+QwenLong-L1 (arXiv 2505.17667, eq. 11): L = mean over examples of (1 / |y|) * sum_t -log p(y_t | x, y_<t). Examples are packed
+by token budget through the same `completion_hidden` as everything else: an example is a group of one completion.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engine import Group, pack_groups
+from ..engine.optimizer import Schedule, apply_update
+from .policy import Policy
+from .prompts import Prompt
+from .run import Stopwatch
+from .seeds import derive
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """`upper` bounds the prompt with its response, in tokens; longer rows are left out and reported."""
+
+    data: str
+    upper: int
+    learning_rate: float
+    epochs: int = 1
+    batch_size: int = 128
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    micro_batch_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < self.upper:
+            raise ValueError(
+                f"sft.micro_batch_tokens = {self.micro_batch_tokens} can't hold an example of sft.upper = {self.upper} tokens: raise it"
+            )
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"sft.epochs and sft.batch_size must be at least 1, not {self.epochs} and {self.batch_size}"
+            )
+
+
+def sft_examples(policy: Policy, prompts: Sequence[Prompt], upper: int) -> tuple[list[Group], int]:
+    """Rows that fit as groups of one completion, and how many did not fit."""
+    groups = []
+    for prompt in prompts:
+        assert prompt.example.response is not None, "the reader was asked for responses"
+        groups.append(Group(torch.tensor(prompt.ids), [policy.response_ids(prompt.example.response)]))
+    fitting = [group for group in groups if group.tokens <= upper]
+    return fitting, len(groups) - len(fitting)
+
+
+def sft_steps(count: int, config: SftConfig) -> int:
+    """Updates of the whole stage: every epoch ends with a batch that may be smaller."""
+    return config.epochs * -(-count // config.batch_size)
+
+
+def sft_batch(groups: Sequence[Group], config: SftConfig, seed: int, step: int) -> list[Group]:
+    """Examples of update `step` (from 0): a function of the seed and the step, so that resuming needs no state."""
+    epoch, batch = divmod(step, -(-len(groups) // config.batch_size))
+    order = list(range(len(groups)))
+    random.Random(derive(seed, "sft", epoch)).shuffle(order)
+    return [groups[i] for i in order[batch * config.batch_size : (batch + 1) * config.batch_size]]
+
+
+def sft_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Group],
+    config: SftConfig,
+    *,
+    learning_rate: float,
+    grad_clip: float,
+) -> dict[str, float]:
+    """One update. The loss is divided by the examples of the whole batch, so micro-batches don't change it."""
+    watch = Stopwatch()
+    total_loss = total_entropy = 0.0
+    tokens = sum(len(g.completions[0]) for g in batch)
+    with watch("step"):
+        for row in pack_groups(batch, config.micro_batch_tokens):
+            made = policy.logprobs(row.groups, 1.0)
+            weights = torch.cat([torch.full((n,), 1.0 / (n * len(batch))) for n in row.completion_lengths]).to(
+                made.logp.device
+            )
+            loss = -(weights * made.logp).sum()
+            loss.backward()
+            total_loss += loss.item()
+            total_entropy += made.entropy.detach().sum().item()
+        norm = apply_update(optimizer, policy.model, learning_rate, grad_clip)
+    processed = sum(group.tokens for group in batch)
+    return {
+        "loss": total_loss, "entropy": total_entropy / tokens, "grad_norm": norm, "learning_rate": learning_rate,
+        "num_tokens": processed, "perf/throughput": processed / watch.seconds["timing_s/step"], **watch.seconds,
+    }  # fmt: skip
+
+
+def sft_schedule(config: SftConfig) -> Schedule:
+    return Schedule(config.learning_rate, config.warmup_steps, config.schedule)

@@ -1,0 +1,86 @@
+"""What a checkpoint of a run holds beside the weights, and how it is written and read back.
+
+Weights stand in the transformers layout (or as adapter tensors), so a checkpoint's `model/` loads anywhere; optimizer
+averages, random states, sampler position with its returned prompts, curriculum and pool are JSON and safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..engine.checkpoint import (
+    drop_newer,
+    latest_checkpoint,
+    load_state,
+    rng_state,
+    save_checkpoint,
+    save_state,
+    set_rng_state,
+)
+from ..engine.model import save_model, trainable
+from .policy import Policy
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `stage` indexes the run's list of stages; `stage_step` steps of it are done, `step` of all."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    sampler: dict[str, Any] | None = None
+    members: list[int] = field(default_factory=list)
+
+
+def save(policy: Policy, optimizer: torch.optim.Optimizer | None, progress: Progress, root: Path, keep: int) -> Path:
+    """One complete checkpoint named by the global step. OSError leaves the older ones standing."""
+
+    def write(folder: Path) -> None:
+        save_weights(policy, folder)
+        save_state(optimizer.state_dict() if optimizer else None, folder, "optimizer")
+        save_state({**vars(progress), "rng": rng_state()}, folder, "progress")
+
+    return save_checkpoint(root, progress.step, write, keep=keep)
+
+
+def save_weights(policy: Policy, folder: Path) -> None:
+    if policy.config.lora is None:
+        save_model(policy.model, policy.tokenizer, folder / "model")
+    else:  # the base model is on disk already
+        adapters = {name: p.detach().cpu().contiguous() for name, p in trainable(policy.model).items()}
+        save_file(adapters, folder / "adapters.safetensors")
+
+
+@torch.no_grad()
+def load_adapters(policy: Policy, folder: Path) -> None:
+    parameters = trainable(policy.model)
+    saved = load_file(folder / "adapters.safetensors")
+    if saved.keys() != parameters.keys():
+        raise ValueError(f"{folder}: its adapters belong to another [model.lora] section")
+    for name, tensor in saved.items():
+        parameters[name].copy_(tensor)
+
+
+def newest(root: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """The newest intact checkpoint and its progress; random states are set, later leftovers removed."""
+    folder = latest_checkpoint(root, say)
+    if folder is None:
+        drop_newer(root, -1)
+        return None
+    saved = load_state(folder, "progress")
+    set_rng_state(saved.pop("rng"))
+    progress = Progress(**saved)
+    drop_newer(root, progress.step)
+    return folder, progress
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    saved = load_state(folder, "optimizer")
+    assert saved is not None, "a checkpoint within a training stage holds its optimizer"
+    optimizer.load_state_dict(saved)
