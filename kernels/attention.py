@@ -161,7 +161,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     lse = torch.logaddexp(lse_a, lse_b)
     out = torch.zeros_like(out_a, dtype=lse.dtype)
     for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
-        weight = torch.where(part_lse == -math.inf, -math.inf, part_lse - lse).exp().t().unsqueeze(-1)
+        # NaN, hence not > 0, where both sides are empty
+        weight = (part_lse - lse).exp().t().unsqueeze(-1)
         out = out + torch.where(weight > 0, part * weight, 0)
     return out.to(torch.promote_types(out_a.dtype, out_b.dtype)), lse
 

@@ -120,8 +120,8 @@ def blockwise_backward(
     for j in range(0, span, BLOCK_K):
         b_k, b_v = (_fold(x[:, j : j + BLOCK_K], heads, dtype) for x in (k, v))
         b_dk, b_dv = torch.zeros_like(b_k), torch.zeros_like(b_v)
-        # causal: query blocks that end before this key block see none of it
-        for i in range(j // BLOCK_Q * BLOCK_Q if causal else 0, length, BLOCK_Q):
+        # causal: queries before this key block see none of it
+        for i in range(j if causal else 0, length, BLOCK_Q):
             rows = min(BLOCK_Q, length - i)
             b_q, b_do = (_fold(x[:, i : i + rows], heads, dtype) for x in (q, dout))
             b_lse = _fold(lse[:, i : i + rows].unsqueeze(-1), heads, dtype)
@@ -153,9 +153,8 @@ def cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Gradients:
     tensors = [_heads_first(x, q.dtype) for x in (dout, q, k, v, out)]
-    # the operator indexes lse through its strides, like its own forward's result: [B, H, L] over [B, L, H] memory
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *tensors, lse.contiguous().transpose(1, 2), 0.0, causal, scale=scale
+        *tensors, lse.transpose(1, 2), 0.0, causal, scale=scale
     )
     dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
     return dq, dk, dv

@@ -81,6 +81,7 @@ def _braced(text: str) -> str:
 
 def clean(line: str) -> str:
     """Strip emphasis, LaTeX text wrappers, quotes and final punctuation from one line."""
+    line = " ".join(line.split())
     line = line if len(line) <= _LONGEST else line[:_LONGEST] + _CUT
     line = _LATEX_TEXT.sub(r"\1", _EMPHASIS.sub("", line)).replace("\\$", "$").replace("\\%", "%").replace("\\,", "")
     if (

@@ -146,3 +146,7 @@ def _report(known: argparse.Namespace, overrides: list[tuple[str, str]], console
     if not (known.run_dir / "recipe.toml").exists():
         raise ValueError(f"{known.run_dir} is not a run folder: it has no recipe.toml")
     console.say(str(write_report(known.run_dir)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +45,11 @@ class Console:
 
     def metrics(self, stage: str, step: int, steps: int, values: Mapping[str, float]) -> None:
         """One line: the numbers one watches; all of them are in metrics.jsonl."""
-        shown = [f"{label} {form.format(values[key])}" for key, label, form in _SHOWN if key in values]
+        shown = [
+            f"{label} {form.format(values[key])}"
+            for key, label, form in _SHOWN
+            if not math.isnan(values.get(key, math.nan))
+        ]
         self.say(f"{stage} {step}/{steps} | {' | '.join(shown)}")
 
     @contextmanager

@@ -7,6 +7,7 @@ reported.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,15 +48,13 @@ def phase_name(index: int) -> str:
 def assign(lengths: Sequence[int], phases: Sequence[Phase]) -> tuple[list[list[int]], list[int]]:
     """Indices of the prompts of each phase, and of those above the last bound."""
     bounds = [0, *(phase.upper for phase in phases)]
-    members = [
-        [i for i, n in enumerate(lengths) if low < n <= high] for low, high in zip(bounds, bounds[1:], strict=False)
-    ]
+    members = [[i for i, n in enumerate(lengths) if low < n <= high] for low, high in itertools.pairwise(bounds)]
     return members, [i for i, n in enumerate(lengths) if n > bounds[-1]]
 
 
 def check_bounds(phases: Sequence[Phase]) -> None:
     """Raises ValueError unless the bounds grow."""
-    for index, (before, after) in enumerate(zip(phases, phases[1:], strict=False)):
+    for index, (before, after) in enumerate(itertools.pairwise(phases)):
         if after.upper <= before.upper:
             raise ValueError(
                 f"phases.{index + 1}.upper = {after.upper} does not lie above phases.{index}.upper = {before.upper}: "

@@ -21,7 +21,7 @@ _AFTER_QUESTION = '\n\nFormat your response as follows: "Therefore, the answer i
 TEMPLATE = f"{_BEFORE_DOCUMENT}$DOC${_AFTER_DOCUMENT}$Q${_AFTER_QUESTION}"
 
 # Characters handed to the tokenizer at once: enough for its threads, little enough to hold the encodings of.
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 1_000_000
 _SHOWN = 20
 
 

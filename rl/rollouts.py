@@ -60,6 +60,14 @@ class RolloutGroup:
     def rewards(self) -> list[float | None]:
         return [rollout.reward for rollout in self.rollouts]
 
+    def without_penalty(self) -> RolloutGroup:
+        """The rewards as they were before the length penalty: what difficulty is judged by."""
+        plain = (
+            replace(r, reward=None if r.reward is None else r.reward - (r.rewards.get("overlong") or 0.0))
+            for r in self.rollouts
+        )
+        return RolloutGroup(self.prompt, tuple(plain))
+
     def with_advantages(self, advantages: Sequence[float | None]) -> RolloutGroup:
         pairs = zip(self.rollouts, advantages, strict=True)
         return RolloutGroup(self.prompt, tuple(replace(r, advantage=a, used=True) for r, a in pairs))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,14 +101,19 @@ class RunFolder:
             if json.loads(path.read_text())["step"] > step:
                 path.unlink()
 
-    def drop(self, *folders: str) -> None:
-        """Removes whole sub-folders (of a stage that starts again)."""
-        for folder in folders:
-            shutil.rmtree(self.root / folder, ignore_errors=True)
+    def claim_data(self, fingerprint: str) -> None:
+        """Raises ValueError if the run was begun with other prompts: its rollouts and pool would name the wrong ones."""
+        kept = self.root / "data" / "fingerprint"
+        if kept.exists() and kept.read_text() != fingerprint:
+            raise ValueError(f"the data changed since {self.root} was begun: restore it, or give another --run-dir")
+        write_atomically(kept, fingerprint)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }  # JSON has no NaN
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         """A whole JSONL file or none."""
@@ -116,22 +121,30 @@ class RunFolder:
 
 
 class BatchLog:
-    """Results of a long pass, batch by batch: finished batches are found again after a kill, a torn one is made anew."""
+    """Results of a long pass, batch by batch: finished batches are found again after a kill, a torn one is made anew.
 
-    def __init__(self, path: Path) -> None:
+    `made_by` says which weights made them (the step): batches of others are not taken.
+    """
+
+    def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
         self.path = path
+        self._made_by = dict(made_by)
         self._done: dict[int, list[dict[str, Any]]] = {}
         if path.exists():
-            self._done = {line["batch"]: line["rows"] for line in read_lines(path)}
+            self._done = {line["batch"]: line["rows"] for line in read_lines(path) if line["by"] == self._made_by}
 
     def get(self, batch: int) -> list[dict[str, Any]] | None:
         return self._done.get(batch)
 
     def add(self, batch: int, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes()[-1:] == b"\n"
+        torn = self.path.exists() and self.path.stat().st_size and self.path.read_bytes()[-1:] != b"\n"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps({"batch": batch, "rows": rows}, ensure_ascii=False) + "\n")
+            file.write(
+                ("\n" if torn else "")
+                + json.dumps({"batch": batch, "by": self._made_by, "rows": rows}, ensure_ascii=False)
+                + "\n"
+            )
             file.flush()
             os.fsync(file.fileno())
         self._done[batch] = rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +37,7 @@ def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """
     data = recipe.data
     sft = _read(recipe, recipe.sft.data, "response", tokenizer, folder, console) if recipe.sft else []
-    train = _read(recipe, data.train, "answers", tokenizer, folder, console)[: data.limit] if recipe.phases else []
+    train = _read(recipe, data.train, "answers", tokenizer, folder, console, limit=data.limit) if recipe.phases else []
     evaluation = [
         p
         for source in data.eval
@@ -58,7 +60,7 @@ def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def _read(
     recipe: Recipe, source: str, needs: Literal["answers", "response"], tokenizer: PreTrainedTokenizerBase, folder: Path,
-    console: Console, split: str | None = None,
+    console: Console, split: str | None = None, limit: int | None = None,
 ) -> list[Prompt]:  # fmt: skip
     data = recipe.data
     path: str | Path = source
@@ -67,7 +69,7 @@ def _read(
         path = write_rows(recipe.synthetic[name], tokenizer, folder / f"{name}.jsonl")
     aside = folder / f"bad-{Path(source.replace(':', '-')).name}.jsonl"
     result = read_examples(
-        path, split=split or data.split, skip_bad_rows=data.skip_bad_rows, set_aside=aside, needs=needs
+        path, split=split or data.split, limit=limit, skip_bad_rows=data.skip_bad_rows, set_aside=aside, needs=needs
     )
     if result.bad:
         console.warn(f"{source}: {len(result.bad)} bad rows were left out and written to {aside}")
@@ -76,6 +78,16 @@ def _read(
     if cut:
         console.warn(f"{source}: {cut} of {len(prompts)} prompts were cut in the middle to {data.max_length} tokens")
     return prompts
+
+
+def fingerprint(prompts: Prompts) -> str:
+    """SHA-256 over ids and tokens of everything a run reads."""
+    digest = hashlib.sha256()
+    for prompt in (*prompts.sft, *prompts.train, *prompts.eval):
+        digest.update(
+            json.dumps([prompt.example.id, prompt.ids, prompt.example.answers, prompt.example.response]).encode()
+        )
+    return digest.hexdigest()
 
 
 def _refuse_twins(name: str, prompts: list[Prompt]) -> None:

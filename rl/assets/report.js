@@ -128,7 +128,7 @@ function drawCurves() {
     series.forEach(({ name }) => used.add(name));
     if (series.length) cards.push(lineChart(metrics, title, series, options));
   }
-  if (accuracy.within.length) cards.unshift(lineChart(courseOfAccuracy(), "Held-out accuracy", uppersOf(accuracy.stages.concat(accuracy.within)).map((upper, at, uppers) => ({ name: String(upper), label: tokensText(upper, uppers[at - 1] ?? 0) })), { unit: "headline, by prompt tokens", zero: true, one: true }));
+  if (accuracy.within.length) cards.unshift(lineChart(courseOfAccuracy(), "Held-out accuracy", uppersOf(accuracy.stages.concat(accuracy.within)).map((upper, at, uppers) => ({ name: String(upper), label: tokensText(upper, uppers[at - 1] ?? 0) })), { unit: "by prompt tokens", zero: true, one: true, closing: true }));
   // A cross-entropy and a policy loss share a name and nothing else: SFT is drawn apart from RL.
   const splits = [["SFT", (stage) => stage === "sft"], ["RL", (stage) => stage !== "sft"]];
   for (const [title, options, name] of BY_STAGE)
@@ -192,7 +192,7 @@ function drawCompletions() {
   function page() {
     rows.append(...found.slice(drawn, drawn + PAGE).map((row, at) => {
       const before = found[drawn + at - 1];
-      return completionRow(row, before !== undefined && (before.prompt_id !== row.prompt_id || before.step !== row.step || before.stage !== row.stage));
+      return completionRow(row, before !== undefined && (before.prompt_id !== row.prompt_id || before.benchmark !== row.benchmark || before.step !== row.step || before.stage !== row.stage));
     }));
     drawn = Math.min(drawn + PAGE, found.length);
     more.hidden = drawn >= found.length;

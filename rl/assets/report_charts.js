@@ -80,7 +80,9 @@ function lineChart(metrics, title, series, options = {}) {
   for (let at = 0; at < steps.length; ) {
     let end = at;
     while (end + 1 < steps.length && stages[end + 1] === stages[at]) end++;
-    const left = x(at ? steps[at] - 0.5 : first), right = x(end + 1 < steps.length ? steps[end + 1] - 0.5 : last);
+    // An evaluation closes its stage, so there the border is the earlier point; a logged step lies inside its own.
+    const border = (next) => (options.closing ? steps[next - 1] : steps[next] - 0.5);
+    const left = x(at ? border(at) : first), right = x(end + 1 < steps.length ? border(end + 1) : last);
     svg.append(s("rect", { class: "shade " + stageClass(stages[at]), x: left, y: T, width: right - left, height: H - T - B }));
     if (right - left > 7 * stages[at].length)
       svg.append(s("text", { class: "stage " + stageClass(stages[at]), x: (left + right) / 2, y: T - 6, "text-anchor": "middle" }, stages[at]));

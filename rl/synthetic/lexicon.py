@@ -31,9 +31,9 @@ LOWEST, HIGHEST = 100, 499
 """Figures are drawn from LOWEST..HIGHEST (millions), so that the sum of two still has three digits: one token."""
 
 RELATIONS = {
-    "chief": ("Director", "chief executive", PEOPLE),
-    "seat": ("City", "home town", CITIES),
-    "supplier": ("Vendor", "main supplier", SUPPLIERS),
+    "chief": ("Director", "chief", PEOPLE),
+    "seat": ("City", "home", CITIES),
+    "supplier": ("Vendor", "supplier", SUPPLIERS),
 }
 """Name of a link -> (word before the linked name, what it is to the company, the names it can have)."""
 

@@ -72,7 +72,7 @@ def figure_sentence(metric: str, company: str, value: int) -> str:
 
 def link_phrase(relation: str, linked: str) -> str:
     title, role, _ = RELATIONS[relation]
-    return f"{title} {linked} is the {role} of"
+    return f"{title} {linked} is {role} of"
 
 
 def _figure_row(metric: str, company: str, value: int) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,8 @@ print(json.dumps({
 """
 
 
-def ask(command: list[str], cwd: Path) -> dict[str, list[str]]:
+def ask(command: list[str], cwd: Path) -> Any:
+    """What a fresh Python prints as JSON."""
     done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -60,8 +62,9 @@ def test_the_wheel_has_no_other_top_level_package(wheel_target: Path) -> None:
 
 
 def test_the_editable_install_is_this_checkout(root: Path, tmp_path: Path) -> None:
-    answer = ask(["-c", ASK], tmp_path)
-    assert answer["files"] == [str(root / name / "__init__.py") for name in PRODUCT]
+    find = "[find_spec('longreach.' + name).origin for name in ('kernels', 'engine', 'rl')]"
+    answer = ask(["-c", f"import json; from importlib.util import find_spec; print(json.dumps({find}))"], tmp_path)
+    assert answer == [str(root / name / "__init__.py") for name in PRODUCT]
 
 
 def test_a_model_runs_from_the_root_where_a_folder_is_called_kernels(root: Path) -> None:

@@ -173,10 +173,10 @@ def test_a_template_that_rewrites_the_document_is_refused_for_truncation() -> No
 
 def test_long_documents_take_linear_time_and_no_warning(bare: Any, caplog: pytest.LogCaptureFixture) -> None:
     def seconds(characters: int) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         (prompt,) = tokenize([plain("revenue was 12 " * (characters // 15))], bare, max_length=1000, truncate="middle")
         assert len(prompt.ids) == 1000
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     with caplog.at_level(logging.WARNING):
         seconds(50_000)

@@ -196,10 +196,10 @@ def test_numbers(answer: str, gold: str, same: bool) -> None:
     ],
 )
 def test_hostile_completions_cost_little(answer: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for answer_type in ("number", "span", "choice", "auto"):
         assert strict(answer, "B" if answer_type == "choice" else "5", answer_type) == 0.0
-    assert time.perf_counter() - start < 4  # a pattern that backtracks takes minutes
+    assert time.process_time() - start < 10  # a pattern that backtracks takes minutes
 
 
 @pytest.mark.parametrize(
