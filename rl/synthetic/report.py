@@ -44,7 +44,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a document: text with its leading space or line break, and the fact it states, if any."""
+    """A stretch of a document: text with its leading space or line break, and the fact it states, if any.
+
+    A statement ends with its value and one closing mark, so that its last token but one is what the fact says.
+    """
 
     text: str
     fact: tuple[str, str] | None = None
@@ -79,7 +82,7 @@ def _figure_row(metric: str, company: str, value: int) -> str:
     return f"| {metric} | {company} | {value} |"
 
 
-def _statements(facts: Facts, rng: Random, mentions: float) -> tuple[list[Piece], list[Piece], list[Piece]]:
+def statements(facts: Facts, rng: Random, mentions: float) -> tuple[list[Piece], list[Piece], list[Piece]]:
     """Statements for letter, table and notes: each fact in one section at least, in `mentions` statements on average."""
     letter, table, notes = [], [], []
     for key, value in facts.figures.items():
@@ -114,7 +117,7 @@ def lay_out(facts: Facts, rng: Random, mentions: float, length: int, count: Call
 
     count: tokens of a piece. None if the facts alone leave less room than FILLER_SHARE for other prose.
     """
-    letter, table, notes = _statements(facts, rng, mentions)
+    letter, table, notes = statements(facts, rng, mentions)
     heads = [Piece(TITLE), *(Piece(f"\n\n{name}\n") for name in SECTIONS)]
     heads[2] = Piece(heads[2].text[:-1] + TABLE_HEAD)
     used = sum(count(piece.text) for piece in (*heads, *letter, *table, *notes))

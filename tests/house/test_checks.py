@@ -96,3 +96,17 @@ def test_limits_of_size(root: Path, tree: Path, path: str, text: str, complaint:
     assert path.split("/")[0] + "/" in done.stdout
     if complaint:
         assert complaint in done.stdout
+
+
+def test_readme_lists_every_file_with_its_phrase(root: Path, tree: Path) -> None:
+    script = root / "tests" / "checks" / "layout_table.py"
+    printed = subprocess.run(
+        [sys.executable, str(script), str(root)], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() in (root / "README.md").read_text(encoding="utf-8"), "run `make layout`"
+    shutil.copytree(root / "rl" / "synthetic", tree / "rl" / "synthetic")
+    (tree / "kernels" / "new.py").write_text('"""A new noun.\n"""\n')
+    assert (
+        "- `new.py`: A new noun"
+        in subprocess.run([sys.executable, str(script), str(tree)], capture_output=True, text=True).stdout
+    )
