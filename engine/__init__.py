@@ -1,9 +1,10 @@
 """What makes a model run: loading, attention wiring, packing, generation, checkpoints."""
 
 from .completions import completion_hidden, completion_logprobs
-from .generate import Completion, Sampling, generate
+from .generate import Completion, generate
 from .model import load_model, load_tokenizer
 from .packing import Group, PackedRow, pack_groups
+from .sampling import Sampling
 
 __all__ = [
     "Completion",

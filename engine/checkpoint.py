@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment.
 
-Written aside, synced to disk, sealed by a manifest of sizes and SHA-256 sums, then renamed: a folder with the final
-name is complete, and one that was damaged later is recognised and passed over for the one before it. State is tensors in
+Written aside, synced to disk, sealed by a manifest of SHA-256 sums, then renamed: a folder with the final name is
+complete, and one that was damaged later is recognised and passed over for the one before it. State is tensors in
 safetensors plus JSON; nothing is pickled, so nothing from a run folder can run code.
 """
 
@@ -18,33 +18,40 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "COMPLETE.json"
 _ASIDE = ".writing-"
+_REPLACED = ".replaced"
 
 
 def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
-    """Calls `write(folder)` on a folder aside, seals it and gives it the name `{step:08d}`; then drops all but the newest `keep`.
+    """Calls `write(folder)` on a folder aside, seals it and names it `{step:08d}`; then drops all but the newest `keep`.
 
     Raises:
         OSError: the disk is full or not writable. What was written aside is removed and older checkpoints stand.
     """
+    assert keep >= 1 and 0 <= step < 10**8
     root.mkdir(parents=True, exist_ok=True)
     final, aside = root / f"{step:08d}", root / f"{_ASIDE}{step:08d}"
+    replaced = final.with_suffix(_REPLACED)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         write(aside)
         _seal(aside)
-        if final.exists():  # the same step again after a resume: replace it
-            shutil.rmtree(final)
+        if final.exists():  # the same step again after a resume; at each moment one of the two has a name that counts
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         aside.rename(final)
-    except OSError:
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in _folders(root)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -63,38 +70,40 @@ def latest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
 def drop_newer(root: Path, step: int) -> None:
     """Removes checkpoints after `step` (damaged ones that were passed over) and what a kill left half-written."""
     for folder in _folders(root):
-        if int(folder.name) > step:
+        if int(folder.stem) > step:
             shutil.rmtree(folder)
     for left in root.glob(f"{_ASIDE}*"):
         shutil.rmtree(left)
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.glob("[0-9]" * 8) if folder.is_dir())
+    """By step; a replaced one that a kill left standing comes before the one that replaced it."""
+    named = [*root.glob("[0-9]" * 8), *root.glob("[0-9]" * 8 + _REPLACED)]
+    return sorted((path for path in named if path.is_dir()), key=lambda path: (path.stem, path.suffix != _REPLACED))
 
 
 def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-    for path in files:
-        _sync(path)
+    manifest = {str(path.relative_to(folder)): _digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(folder / MANIFEST)
-    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+    for path in (*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         _sync(path)
 
 
 def _damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, or None. A file that can't be read is damage like any other."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            return f"{name} is missing or has another size"
-        if _digest(path) != expected["sha256"]:
-            return f"{name} has other contents"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is missing or unreadable: {error}"
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST} is not a manifest"
+    for name, digest in manifest.items():
+        try:
+            if _digest(folder / name) != digest:
+                return f"{name} has other contents"
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror}"
     return None
 
 
@@ -139,7 +148,7 @@ def load_state(folder: Path, name: str) -> Any:
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().contiguous().clone()
+        tensors[key] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": key}
     if isinstance(value, dict):
         return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}

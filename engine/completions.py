@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..kernels import LogProbs, linear_logprob
-from .attention import SharedPrefix
+from .attention import Layout, SharedPrefix
 from .packing import Group, one_row, unshared
+
+_TILE = 8192
+"""Vocabulary entries whose half-precision weights are widened at once."""
 
 
 def completion_hidden(
@@ -36,20 +39,19 @@ def completion_hidden(
         mesh: sequence parallelism; None is one device, the only form so far.
 
     Returns:
-        hidden [N, D] in the model's dtype, differentiable; targets [N]; N = sum of R_i in group, completion, token order.
+        hidden [N, D] in the model's dtype, differentiable; targets [N]; N = sum of R_i in group, completion, token
+        order.
+
+    Raises:
+        ValueError: no groups.
     """
     if mesh is not None:
         raise ValueError("sequence parallelism is not available yet: pass mesh=None")
+    if not groups:
+        raise ValueError("no groups: hand at least one prompt")
     row = one_row(groups if shared_prefix else unshared(groups))
-    device = model.device
-    output = model.get_decoder()(
-        input_ids=row.input_ids().to(device)[None],
-        position_ids=row.position_ids().to(device)[None],
-        use_cache=False,
-        layout=SharedPrefix(row, backend),
-    )
-    hidden_TD = output.last_hidden_state[0]
-    return hidden_TD.index_select(0, row.loss_rows().to(device)), row.targets().to(device)
+    hidden_TD = decode(model, row.input_ids(), row.position_ids(), SharedPrefix(row, backend))
+    return hidden_TD.index_select(0, row.loss_rows().to(hidden_TD.device)), row.targets().to(hidden_TD.device)
 
 
 def completion_logprobs(
@@ -61,13 +63,23 @@ def completion_logprobs(
     backend: str = "auto",
     mesh: None = None,
 ) -> LogProbs:
-    """Log-probs, entropies and log-normalisers of every completion token at `temperature`, fp32 [N], differentiable."""
+    """Log-probs, entropies and log-normalisers of every completion token at `temperature`, fp32 [N], differentiable.
+
+    Arguments and errors as `completion_hidden`. The head is computed in fp32, under autocast too.
+    """
     hidden_ND, targets_N = completion_hidden(model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh)
-    with torch.autocast(hidden_ND.device.type, enabled=False):  # the head keeps full precision under mixed precision
-        head = model_head(model)
+    head = model_head(model)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
         return linear_logprob(
             hidden_ND, head.weight_VD, targets_N, bias=head.bias, softcap=head.softcap, temperature=temperature
         )
+
+
+def decode(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
+    """Hidden states [T, D] of the model's decoder, its tokens seeing each other as `layout` says."""
+    ids, positions = ids_T.to(model.device), positions_T.to(model.device)
+    output = model.get_decoder()(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+    return output.last_hidden_state[0]
 
 
 class Head(NamedTuple):
@@ -77,9 +89,33 @@ class Head(NamedTuple):
     bias: Tensor | None
     softcap: float | None
 
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V] in fp32 (fp64 for fp64), as `linear_logprob` sees them: neither autocast nor bfloat16 rounds them."""
+        wide = torch.promote_types(torch.promote_types(hidden_ND.dtype, self.weight_VD.dtype), torch.float32)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            logits = self._product(hidden_ND, wide)
+            if self.bias is not None:
+                logits += self.bias.to(wide)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def _product(self, hidden_ND: Tensor, wide: torch.dtype) -> Tensor:
+        weight = self.weight_VD
+        if weight.is_cuda and hidden_ND.dtype == weight.dtype != wide:
+            return torch.mm(hidden_ND, weight.t(), out_dtype=wide)
+        hidden = hidden_ND.to(wide)
+        if weight.dtype == wide:
+            return hidden @ weight.t()
+        return torch.cat([hidden @ tile.to(wide).t() for tile in weight.split(_TILE)], dim=1)
+
 
 def model_head(model: PreTrainedModel) -> Head:
+    """The head of a model that `load_model` has let through.
+
+    Raises:
+        ValueError: the head isn't one plain linear layer (an adapter on it would be passed over).
+    """
     head = model.get_output_embeddings()
-    assert head is not None, "load_model refuses models without a linear head"
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a plain linear layer")
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(head.weight, getattr(head, "bias", None), softcap)
+    return Head(head.weight, head.bias, softcap)

@@ -4,50 +4,42 @@ It samples from exactly the distribution that temperature, top_k and top_p descr
 log-prob under that distribution and `kept_logmass`, the log of the probability mass that top_k and top_p kept at this
 temperature: `logprob + kept_logmass` is the token's full-vocabulary log-prob, which the trainer computes too.
 
-One uniform number per completion and step is drawn for the whole batch, so what a completion becomes doesn't depend on
-which others of its batch have ended. Gives up paging and continuous batching: a serving engine does those.
+Each completion draws from a random stream of its own, so what it becomes depends on the seed and its place in the
+list, not on how prompts are batched or which others have ended (up to rounding: a matrix product of another shape may
+sum in another order). Gives up paging and continuous batching: a serving engine does those.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .completions import model_head
+from .completions import Head, decode, model_head
 from .decoding import Decode, Prefill, PrefixCache
 from .packing import Group, one_row
+from .sampling import Drawn, Sampling, sample
+
+PREFILL_TOKENS = 1 << 15
+"""Prompts go through the model together up to this many tokens: more would hold activations and gain no speed."""
+
+LOGITS_BYTES = 256 << 20
+"""Budget of one fp64 buffer of [rows, V] while sampling."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
     """`batch_tokens` bounds the cached keys and values of the prompts and completions that are decoded together."""
 
-    batch_tokens: int = 1 << 20
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole vocabulary."""
-
-    max_completion: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    batch_tokens: int = 1 << 18
 
     def __post_init__(self) -> None:
-        if self.max_completion < 1:
-            raise ValueError(f"max_completion must be at least 1 token, not {self.max_completion}")
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, not {self.top_k}")
+        if self.batch_tokens < 1:
+            raise ValueError(f"generator.batch_tokens must be positive, not {self.batch_tokens}")
 
 
 @dataclass(frozen=True)
@@ -60,26 +52,25 @@ class Completion:
     finish_reason: str
 
 
-@dataclass
 class _Batch:
-    """Completions under way: rows of tensors [B * G], of which `alive` names the original row."""
+    """B x G completions under way; `alive` names those whose prompts are still in the cache."""
 
-    ids: list[list[int]]
-    logprobs: list[list[float]]
-    kept: list[list[float]]
-    done: list[bool]
-    alive: Tensor
-    stop_ids: frozenset[int] = field(default_factory=frozenset)
+    def __init__(self, rows: int, stop_ids: frozenset[int]) -> None:
+        self.stop_ids = stop_ids
+        self.tokens: list[list[tuple[int, float, float]]] = [[] for _ in range(rows)]
+        self.done = [False] * rows
+        self.alive = torch.arange(rows)
 
-    def add(self, tokens: Tensor, logprobs: Tensor, kept: Tensor) -> None:
-        for row, token, logp, mass in zip(
-            self.alive.tolist(), tokens.tolist(), logprobs.tolist(), kept.tolist(), strict=True
-        ):
+    def add(self, drawn: Drawn) -> None:
+        columns = (column.tolist() for column in drawn)
+        for row, *token in zip(self.alive.tolist(), *columns, strict=True):
             if not self.done[row]:
-                self.ids[row].append(token)
-                self.logprobs[row].append(logp)
-                self.kept[row].append(mass)
-                self.done[row] = token in self.stop_ids
+                self.tokens[row].append(tuple(token))
+                self.done[row] = token[0] in self.stop_ids
+
+    def completion(self, row: int) -> Completion:
+        ids, logprobs, kept = zip(*self.tokens[row], strict=True)
+        return Completion(ids, logprobs, kept, "stop" if self.done[row] else "length")
 
 
 @torch.no_grad()
@@ -91,7 +82,7 @@ def generate(
     *,
     stop_ids: Sequence[int],
     seed: int,
-    batch_tokens: int = 1 << 20,
+    batch_tokens: int = GeneratorConfig.batch_tokens,
     backend: str = "auto",
 ) -> list[list[Completion]]:
     """G completions of each prompt.
@@ -103,20 +94,39 @@ def generate(
         batch_tokens: prompts are batched so that cached keys (P padded + G * max_completion for each) stay below it.
 
     Raises:
-        ValueError: a single prompt with its completions is over `batch_tokens`.
+        ValueError: a prompt is no LongTensor or empty, `group_size` is below 1, or a single prompt with its
+            completions is over `batch_tokens`.
     """
-    draw = torch.Generator().manual_seed(seed)
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, not {group_size}")
+    groups = [Group(prompt, ()) for prompt in prompts]
+    seeds = torch.randint(2**63 - 1, (len(groups),), generator=torch.Generator().manual_seed(seed)).tolist()
+    results: dict[int, list[Completion]] = {}
+    with evaluating(model):
+        for batch in _batches([g.tokens for g in groups], group_size * sampling.max_completion, batch_tokens):
+            uniform = torch.cat([_stream(seeds[i], group_size, sampling.max_completion) for i in batch])
+            made = _generate_batch(
+                model, [groups[i] for i in batch], group_size, sampling, frozenset(stop_ids), uniform, backend
+            )
+            results.update(zip(batch, made, strict=True))
+    return [results[i] for i in range(len(groups))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and back in its own afterwards, whatever happens."""
     training = model.training
     model.eval()
-    results: list[list[Completion] | None] = [None] * len(prompts)
-    for batch in _batches([len(p) for p in prompts], group_size * sampling.max_completion, batch_tokens):
-        made = _generate_batch(
-            model, [prompts[i] for i in batch], group_size, sampling, frozenset(stop_ids), draw, backend
-        )
-        for index, completions in zip(batch, made, strict=True):
-            results[index] = completions
-    model.train(training)
-    return [completions for completions in results if completions is not None]
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _stream(seed: int, group_size: int, length: int) -> Tensor:
+    """Uniform numbers of one prompt's completions, [G, length]. A greater length continues a smaller one."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand((length, group_size), generator=draw, dtype=torch.float64).t()
 
 
 def _batches(lengths: list[int], completions: int, budget: int) -> list[list[int]]:
@@ -126,8 +136,8 @@ def _batches(lengths: list[int], completions: int, budget: int) -> list[list[int
         cost = lengths[index] + completions
         if cost > budget:
             raise ValueError(
-                f"prompt {index} of {lengths[index]} tokens with its completions ({completions} tokens at most) is over "
-                f"batch_tokens = {budget}; raise it, or lower group size or max_completion"
+                f"prompt {index} of {lengths[index]} tokens with its completions ({completions} tokens at most) is "
+                f"over batch_tokens = {budget}; raise it, or lower group size or max_completion"
             )
         if batches and cost * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(index)
@@ -138,54 +148,49 @@ def _batches(lengths: list[int], completions: int, budget: int) -> list[list[int
 
 def _generate_batch(
     model: PreTrainedModel,
-    prompts: list[Tensor],
+    groups: list[Group],
     G: int,
     sampling: Sampling,
     stop_ids: frozenset[int],
-    draw: torch.Generator,
+    uniform: Tensor,
     backend: str,
 ) -> list[list[Completion]]:
-    rows = len(prompts) * G
-    cache = PrefixCache([len(p) for p in prompts], G, sampling.max_completion)
-    batch = _Batch(
-        [[] for _ in range(rows)],
-        [[] for _ in range(rows)],
-        [[] for _ in range(rows)],
-        [False] * rows,
-        torch.arange(rows),
-        stop_ids,
-    )
-    hidden = _prefill(model, prompts, cache, backend).repeat_interleave(G, dim=0)
+    cache = PrefixCache([g.tokens for g in groups], G, sampling.max_completion)
+    batch, head = _Batch(len(groups) * G, stop_ids), model_head(model)
+    hidden = _prefill(model, groups, cache, backend).repeat_interleave(G, dim=0)
     for step in range(sampling.max_completion):
-        uniform = torch.rand(rows, generator=draw, dtype=torch.float64)[batch.alive]
-        tokens, logprobs, kept = sample(_logits(model, hidden), sampling, uniform)
-        batch.add(tokens, logprobs, kept)
+        drawn = _draw(head, hidden, sampling, uniform[batch.alive, step])
+        batch.add(drawn)
         if step + 1 == sampling.max_completion or all(batch.done):
             break
-        tokens = _compact(batch, cache, tokens, G)
+        tokens = _compact(batch, cache, drawn.tokens, G)
         positions = (cache.prompt_lengths + cache.decoded).repeat_interleave(G)
-        hidden = _decoder(model, tokens, positions.to(tokens.device), Decode(cache))
+        hidden = decode(model, tokens, positions, Decode(cache))
         cache.decoded += 1
-    completions = [
-        Completion(tuple(i), tuple(p), tuple(m), "stop" if done else "length")
-        for i, p, m, done in zip(batch.ids, batch.logprobs, batch.kept, batch.done, strict=True)
-    ]
-    return [completions[i : i + G] for i in range(0, rows, G)]
+    completions = [batch.completion(row) for row in range(len(groups) * G)]
+    return [completions[i : i + G] for i in range(0, len(completions), G)]
 
 
-def _prefill(model: PreTrainedModel, prompts: list[Tensor], cache: PrefixCache, backend: str) -> Tensor:
+def _prefill(model: PreTrainedModel, groups: list[Group], cache: PrefixCache, backend: str) -> Tensor:
     """Runs the prompts once, fills the cache, and gives the hidden row of each last token, [B, D]."""
-    row = one_row([Group(p, ()) for p in prompts])
-    last = row.cu_prompts[1:].long() - 1
-    hidden = _decoder(
-        model, row.input_ids().to(model.device), row.position_ids().to(model.device), Prefill(row, cache, backend)
-    )
-    return hidden[last.to(model.device)]
+    lasts, first = [], 0
+    while first < len(groups):
+        end, tokens = first + 1, groups[first].tokens
+        while end < len(groups) and tokens + groups[end].tokens <= PREFILL_TOKENS:
+            tokens += groups[end].tokens
+            end += 1
+        row = one_row(groups[first:end])
+        hidden = decode(model, row.input_ids(), row.position_ids(), Prefill(row, first, cache, backend))
+        lasts.append(hidden[row.cu_prompts[1:].long().to(hidden.device) - 1])
+        first = end
+    return torch.cat(lasts)
 
 
-def _decoder(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Prefill | Decode) -> Tensor:
-    output = model.get_decoder()(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
-    return output.last_hidden_state[0]
+def _draw(head: Head, hidden: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
+    """Samples a few rows at a time, so that no [B x G, V] tensor exists."""
+    rows = max(1, LOGITS_BYTES // (8 * len(head.weight_VD)))
+    parts = [sample(head.logits(h), sampling, u) for h, u in zip(hidden.split(rows), uniform.split(rows), strict=True)]
+    return Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _compact(batch: _Batch, cache: PrefixCache, tokens: Tensor, G: int) -> Tensor:
@@ -194,54 +199,6 @@ def _compact(batch: _Batch, cache: PrefixCache, tokens: Tensor, G: int) -> Tenso
     if int(done.sum()) * 2 < len(done):
         return tokens
     keep = (~done).nonzero()[:, 0]
-    cache.keep(keep.to(tokens.device))
+    cache.keep(keep)
     batch.alive = batch.alive.view(-1, G)[keep].flatten()
     return tokens.view(-1, G)[keep.to(tokens.device)].flatten()
-
-
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    head = model_head(model)
-    logits = torch.nn.functional.linear(hidden.to(head.weight_VD.dtype), head.weight_VD, head.bias).float()
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws one token a row by inverting the cumulative distribution.
-
-    Temperature first, then top_k, then top_p on what top_k left (the order of transformers and vLLM); top_p keeps the
-    smallest set of most probable tokens whose mass reaches it.
-
-    Args:
-        logits: [B, V] fp32; uniform: [B] in [0, 1).
-
-    Returns:
-        tokens [B], their log-probs under the kept distribution [B], log of the kept mass [B]. Greedy reports log-prob 0
-        and the log-mass of the one token it keeps at temperature 1.
-    """
-    if sampling.temperature == 0.0:
-        tokens = logits.argmax(-1)
-        logp = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return tokens, torch.zeros_like(logp), logp
-    logp = (logits.double() / sampling.temperature).log_softmax(-1)
-    if sampling.top_k == 0 and sampling.top_p == 1.0:
-        tokens = _invert(logp.exp(), uniform.to(logits.device))
-        return tokens, logp.gather(1, tokens[:, None])[:, 0], torch.zeros_like(logp[:, 0])
-    ranked, order = logp.sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        ranked, order = ranked[:, : sampling.top_k], order[:, : sampling.top_k]
-    probs = ranked.exp()
-    probs = probs / probs.sum(-1, keepdim=True)
-    kept = probs.cumsum(-1) - probs < sampling.top_p
-    kept[:, 0] = True
-    kept_logmass = ranked.masked_fill(~kept, -torch.inf).logsumexp(-1)
-    rank = _invert(probs * kept, uniform.to(logits.device))[:, None]
-    return order.gather(1, rank)[:, 0], ranked.gather(1, rank)[:, 0] - kept_logmass, kept_logmass
-
-
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Index at which the cumulative weight passes `uniform` of the total; never one of weight zero. [B, V], [B] -> [B]."""
-    cumulative = weights.cumsum(-1)
-    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    positive = weights > 0
-    last = weights.shape[-1] - 1 - positive.flip(-1).int().argmax(-1)
-    return torch.minimum(index, last)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,26 +15,42 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """Freezes the model and adds fp32 adapters to the linear layers named in `config.targets`.
 
     Raises:
-        ValueError: no layer has one of these names (raised by peft, which lists them).
+        ValueError: no layer has one of these names.
     """
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = sorted(set(config.targets) - names)
+    if unknown:
+        raise ValueError(
+            f"lora.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(sorted(names))}"
+        )
     peft.inject_adapter_in_model(
-        peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), bias="none"), model
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (a float is scaled by alike)
+            target_modules=list(config.targets),
+            bias="none",
+        ),
+        model,
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        adapter = ".lora_" in name
+        parameter.requires_grad_(adapter)
+        if adapter:  # peft makes them in the base's dtype, and bfloat16 would round small updates away
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The plain model's state: adapters added into copies of their base weights, the model itself left alone."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """The plain model's state: adapters added into CPU copies of their base weights, the model itself left alone."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
         if ".lora_" in key:
             continue
-        if key.endswith(".base_layer.weight"):
-            owner = layers[key.removesuffix(".base_layer.weight")]
-            delta = sum(owner.get_delta_weight(adapter) for adapter in owner.active_adapters)  # pyright: ignore[reportCallIssue]
-            tensor = (tensor.float() + delta).to(tensor.dtype)
+        layer = layers.get(key.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                delta = layer.get_delta_weight(adapter)
+                tensor = (tensor.to(delta.dtype) + delta).to(tensor.dtype).cpu()
         state[key.replace(".base_layer.", ".")] = tensor
     return state

@@ -1,20 +1,20 @@
-"""Loading, checking and saving a transformers causal LM.
+"""Loading and saving a transformers causal LM.
 
-Weights come from safetensors alone (nothing is unpickled) and no code from a model directory runs unless asked for.
-What we can't honour is refused here, before the first step, and `verify` compares our path through the model with
-transformers' own on a few tokens, so that a model which scales its logits or ignores the attention interface can't
-train on wrong numbers.
+Weights come from safetensors alone (nothing is unpickled), all of them must be there, and no code from a model
+directory runs unless asked for. What can't be honoured is refused before the first step: see `support`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from . import attention
-from .completions import completion_logprobs
-from .packing import Group
+from .support import refuse_config, refuse_model, verify_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +41,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, not {self.rank}")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be a positive number, not {self.alpha}")
+        if not self.targets:
+            raise ValueError("lora.targets is empty: name the linear layers that get adapters")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.autocast computes fp32 weights in bfloat16; with dtype = {self.dtype!r} it does nothing"
             )
-        if self.yarn is not None and self.yarn <= 1.0:
+        if self.yarn is not None and not 1.0 < self.yarn < math.inf:
             raise ValueError(f"model.yarn must be a factor above 1, not {self.yarn}")
 
 
@@ -86,13 +89,22 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def read_config(path: str | Path, *, yarn: float | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's configuration, with YaRN applied: enough to know its window before any weight is loaded."""
+    """The model's configuration, with YaRN applied: enough to know its window before any weight is loaded.
+
+    Raises:
+        ValueError: there is none, or `yarn` is asked of a model whose positions are stretched already.
+    """
     with _naming(path):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     if yarn is not None:
         text = config.get_text_config()
-        original = text.max_position_embeddings
         rope = dict(text.rope_parameters or {})
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"{path} already stretches its positions (rope_type {rope['rope_type']!r}, window "
+                f"{text.max_position_embeddings}): leave model.yarn out"
+            )
+        original = text.max_position_embeddings
         rope.update(rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
         text.rope_parameters = rope
         text.max_position_embeddings = int(original * yarn)
@@ -112,112 +124,78 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers causal LM with its own parameter names and our attention, in training mode on `device`.
 
+    Args:
+        device: None is the GPU if there is one.
+        yarn: factor by which positions are stretched.
+        verify: compare log-probs with the model's own on a few tokens (`support.verify_model`).
+
     Raises:
-        ValueError: the model has a feature that our attention can't honour (sliding window, attention dropout,
-            attention soft-cap), or its log-probs through our path differ from its own.
+        ValueError: no safetensors weights at `path`, or not all of them, or of another size than its config says; code
+            of its own without `trust_remote_code`; a feature that our attention can't honour (sliding window, dropout,
+            soft-capped scores); log-probs through our path differ from the model's own.
     """
     config = read_config(path, yarn=yarn, trust_remote_code=trust_remote_code)
-    refuse_unsupported(config, path)
+    refuse_config(config, path)
     with _naming(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+    # transformers fills these with random numbers and a warning
+    wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} weights are missing or don't fit its config ({', '.join(wrong[:3])})")
     if lora is not None:
         from .lora import add_lora  # peft is an extra
 
         add_lora(model, lora)
+    refuse_model(model, path)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.to(pick_device() if device is None else device)
+        # the newer of two names for one thing; both compute layers again without the reentrant form
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    nn.Module.to(model, pick_device() if device is None else device)
+    model.train()
     if verify:
         verify_model(model)
-    return model.train()
+    return model
 
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """transformers reports a model that can't be had as OSError with a page of text: the user's error is one line."""
+    """transformers reports a model that can't be had in several ways, with a page of text: a user's error is one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"no model can be loaded from {path!s}: {first}") from error
-
-
-def refuse_unsupported(config: PreTrainedConfig, path: str | Path) -> None:
-    """Raises ValueError for what our attention would silently get wrong."""
-    text = config.get_text_config()
-    layers = getattr(text, "layer_types", None) or []
-    unknown = sorted({kind for kind in layers if kind != "full_attention"})
-    windowed = getattr(text, "use_sliding_window", False) or (
-        "layer_types" not in text.to_dict() and getattr(text, "sliding_window", None)
-    )
-    if unknown or windowed:
-        raise ValueError(
-            f"{path} has layers that aren't full attention ({', '.join(unknown) or 'sliding window'}): not supported"
-        )
-    if getattr(text, "attention_dropout", 0.0):
-        raise ValueError(
-            f"{path} trains with attention dropout {text.attention_dropout}: set attention_dropout to 0 in its config"
-        )
-    if getattr(text, "attn_logit_softcapping", None):
-        raise ValueError(f"{path} caps its attention scores ({text.attn_logit_softcapping}): not supported")
-    if config.is_encoder_decoder:
-        raise ValueError(f"{path} is an encoder-decoder: Longreach trains causal language models")
-
-
-@torch.no_grad()
-def verify_model(model: PreTrainedModel) -> None:
-    """Log-probs of a shared-prefix packed row against the model's own logits, sequence by sequence.
-
-    The bound is loose enough for bfloat16 and far below what a wrong mask, position or logit scale makes (about 1).
-    """
-    training = model.training
-    model.eval()
-    draw = torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(vocab, (7,), generator=draw)
-    completions = [torch.randint(vocab, (n,), generator=draw) for n in (3, 5)]
-    ours = completion_logprobs(model, [Group(prompt, completions)]).logp.float().cpu()
-    theirs = torch.cat([_plain_logprobs(model, prompt, c) for c in completions])
-    model.train(training)
-    bound = 1e-3 if model.dtype == torch.float32 else 0.25
-    worst = (ours - theirs).abs().max().item()
-    if not worst <= bound:
-        raise ValueError(
-            f"{type(model).__name__}: log-probs through Longreach differ from the model's own by {worst:.3g} (bound {bound}): "
-            "it scales its logits or has attention that isn't plain causal, and can't be trained here"
-        )
-
-
-def _plain_logprobs(model: PreTrainedModel, prompt: Tensor, completion: Tensor) -> Tensor:
-    ids = torch.cat([prompt, completion]).to(model.device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].cpu()
+        raise ValueError(f"nothing can be loaded from {path!s}: {first}") from error
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end a completion: the tokenizer's eos and those of the model's generation config."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = named if isinstance(named, list) else [] if named is None else [named]
-    return tuple(sorted({tokenizer.eos_token_id, *listed}))
+    config = model.generation_config
+    stops: set[int] = set()
+    for named in (tokenizer.eos_token_id, config.eos_token_id if config is not None else None):
+        stops.update(named if isinstance(named, list) else [] if named is None else [named])  # type: ignore[arg-type]
+    return tuple(sorted(stops))
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The plain model in the transformers layout (adapters merged into a copy), readable by `from_pretrained` and vLLM."""
+    """The plain model in the transformers layout, readable by `from_pretrained` and vLLM.
+
+    Adapters are merged into copies of their weights; the model itself is left alone.
+    """
     weights = None
     if getattr(model, "peft_config", None):
         from .lora import merged_state
 
         weights = merged_state(model)
-    implementation = model.config._attn_implementation
-    model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-    assert model.config._attn_implementation == implementation
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

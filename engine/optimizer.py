@@ -27,8 +27,11 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
-        if self.grad_clip < 0:
-            raise ValueError(f"optimizer.grad_clip must be 0 (off) or positive, not {self.grad_clip}")
+        if not self.epsilon > 0:
+            raise ValueError(f"optimizer.epsilon must be positive, not {self.epsilon}")
+        for name in ("weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name} must be 0 (off) or positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule {self.kind!r} is not one of {', '.join(SCHEDULES)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a positive number, not {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 (none) or more, not {self.warmup_steps}")
 
     def at(self, update: int, updates: int) -> float:
         """Learning rate of update number `update` (from 0) of `updates`."""
@@ -56,8 +61,21 @@ class Schedule:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Matrices decay; vectors (norms, biases) don't."""
+    """Matrices decay; vectors (norms, biases) don't.
+
+    Raises:
+        ValueError: nothing to train, or weights in half precision: their 8 or 11 bits would round small updates, and
+            AdamW's averages with them, away.
+    """
     parameters = list(trainable(model).values())
+    halved = sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype.itemsize < 4})
+    if halved:
+        raise ValueError(
+            f"the weights to train are {', '.join(halved)}, which rounds small updates away: load them with "
+            'dtype = "float32" and autocast = true, or train adapters ([model.lora])'
+        )
+    if not parameters:
+        raise ValueError("the model has no trainable parameters")
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -74,8 +92,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def apply_update(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, grad_clip: float) -> float:
     """Clips, steps and clears; gives the gradient norm before clipping.
 
-    A parameter without a gradient gets a zero one, so that an update whose advantages are all zero moves the optimizer's
-    averages in the same way whether its rows were computed or skipped.
+    A parameter without a gradient gets a zero one, so that an update whose advantages are all zero moves the
+    optimizer's averages in the same way whether its rows were computed or skipped.
 
     Raises:
         FloatingPointError: the gradient isn't finite; the weights are untouched.

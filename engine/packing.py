@@ -1,7 +1,7 @@
 """A group is one sequence: its prompt is computed once and its G completions hang on it.
 
-A packed row is `[p1 | p2 | ... | c11 ... c1G | c21 ... ]`: prompts first, then completions, so that the queries and keys
-of each attention call are contiguous views. Positions of every completion restart at the length of its prompt.
+A packed row is `[p1 | p2 | ... | c11 ... c1G | c21 ... ]`: prompts first, then completions, so that the queries and
+keys of each attention call are contiguous views. Positions of every completion restart at the length of its prompt.
 A row holds sum(P) + sum(R) tokens, where one sequence per completion would hold G * P + sum(R).
 Everything here is integers on the CPU; it knows no model.
 """
@@ -17,22 +17,25 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """The completions of one prompt. `prompt_ids`: LongTensor [P], P >= 1; `completions`: LongTensors [R_i], R_i >= 0."""
+    """The completions of one prompt.
+
+    Args:
+        prompt_ids: LongTensor [P], P >= 1.
+        completions: LongTensors [R_i], R_i >= 0.
+
+    Raises:
+        ValueError: anything else.
+    """
 
     prompt_ids: Tensor
     completions: Sequence[Tensor]
 
     def __post_init__(self) -> None:
-        for name, ids in (
-            ("prompt_ids", self.prompt_ids),
-            *((f"completions[{i}]", c) for i, c in enumerate(self.completions)),
-        ):
-            if ids.ndim != 1 or ids.dtype != torch.long:
-                raise ValueError(
-                    f"Group.{name} must be a LongTensor of one dimension, not {ids.dtype} {tuple(ids.shape)}"
-                )
+        _check_ids("prompt_ids", self.prompt_ids)
+        for i, completion in enumerate(self.completions):
+            _check_ids(f"completions[{i}]", completion)
         if not len(self.prompt_ids):
             raise ValueError("Group.prompt_ids is empty: the first completion token needs a token that predicts it")
 
@@ -42,7 +45,7 @@ class Group:
         return len(self.prompt_ids) + sum(len(c) for c in self.completions)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedRow:
     """One row of tokens and where its parts stand.
 
@@ -126,7 +129,11 @@ def one_row(groups: Sequence[Group]) -> PackedRow:
 
 def unshared(groups: Sequence[Group]) -> list[Group]:
     """Each completion with a prompt of its own: what training without a shared prefix computes, G times the prompt."""
-    return [Group(group.prompt_ids, [completion]) for group in groups for completion in group.completions]
+    return [
+        Group(group.prompt_ids, completions)
+        for group in groups
+        for completions in ([[c] for c in group.completions] or [[]])
+    ]
 
 
 def pack_groups(groups: Sequence[Group], budget: int) -> list[PackedRow]:
@@ -139,45 +146,46 @@ def pack_groups(groups: Sequence[Group], budget: int) -> list[PackedRow]:
         ValueError: a prompt with its longest completion does not fit into `budget`.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _split(index, group, budget)]
-    rows: list[list[tuple[Group, tuple[tuple[int, int], ...]]]] = []
-    room: list[int] = []
-    for piece in sorted(pieces, key=lambda p: -p[0].tokens):
-        size = piece[0].tokens
-        at = next((i for i, free in enumerate(room) if free >= size), None)
-        if at is None:
-            rows.append([piece])
-            room.append(budget - size)
-        else:
-            rows[at].append(piece)
-            room[at] -= size
-    return [PackedRow(tuple(g for g, _ in row), tuple(m for _, members in row for m in members)) for row in rows]
-
-
-def _split(index: int, group: Group, budget: int) -> list[tuple[Group, tuple[tuple[int, int], ...]]]:
-    """The group as pieces that fit, each with the prompt."""
-    prompt = len(group.prompt_ids)
-    if group.tokens <= budget:
-        return [(group, tuple((index, c) for c in range(len(group.completions))))]
-    pieces: list[list[int]] = []
-    room = 0
-    for c, completion in sorted(enumerate(group.completions), key=lambda item: -len(item[1])):
-        if prompt + len(completion) > budget:
-            raise ValueError(
-                f"group {index}: a prompt of {prompt} tokens with a completion of {len(completion)} does not fit into the "
-                f"budget of {budget} tokens a row; raise micro_batch_tokens or lower the phase's limits"
-            )
-        if not pieces or room < len(completion):
-            pieces.append([])
-            room = budget - prompt
-        pieces[-1].append(c)
-        room -= len(completion)
     return [
-        (
-            Group(group.prompt_ids, [group.completions[c] for c in sorted(piece)]),
-            tuple((index, c) for c in sorted(piece)),
-        )
-        for piece in pieces
+        PackedRow(tuple(pieces[i][0] for i in row), tuple((pieces[i][1], c) for i in row for c in pieces[i][2]))
+        for row in _first_fit([piece[0].tokens for piece in pieces], budget)
     ]
+
+
+def _split(index: int, group: Group, budget: int) -> list[tuple[Group, int, list[int]]]:
+    """The group as pieces that fit, each with the whole prompt: (piece, index, which completions)."""
+    prompt, lengths = len(group.prompt_ids), [len(c) for c in group.completions]
+    longest = max(lengths, default=0)
+    if prompt + longest > budget:
+        raise ValueError(
+            f"group {index}: a prompt of {prompt} tokens with a completion of {longest} does not fit into the budget of "
+            f"{budget} tokens a row; raise the budget (micro_batch_tokens in a recipe) or lower the length limits"
+        )
+    if group.tokens <= budget:
+        return [(group, index, list(range(len(lengths))))]
+    pieces = [sorted(piece) for piece in _first_fit(lengths, budget - prompt)]
+    return [(Group(group.prompt_ids, [group.completions[c] for c in piece]), index, piece) for piece in pieces]
+
+
+def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `sizes` in bins of `room`: largest first, each into the first bin that has space for it."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = next((b for b, space in enumerate(free) if space >= sizes[i]), len(bins))
+        if at == len(bins):
+            bins.append([])
+            free.append(room)
+        bins[at].append(i)
+        free[at] -= sizes[i]
+    return bins
+
+
+def _check_ids(name: str, ids: object) -> None:
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"Group.{name} must be a LongTensor of one dimension, not {type(ids).__name__}")
+    if ids.ndim != 1 or ids.dtype != torch.long:
+        raise ValueError(f"Group.{name} must be a LongTensor of one dimension, not {ids.dtype} {tuple(ids.shape)}")
 
 
 def _bounds(lengths: Sequence[int]) -> Tensor:

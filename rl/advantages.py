@@ -29,7 +29,7 @@ def group_advantages(
     result: list[list[float | None]] = []
     for key, group in zip(keys, rewards, strict=True):
         known = [r for r in group if r is not None]
-        mean = statistics.fmean(known) if known else 0.0
+        mean = statistics.mean(known) if known else 0.0  # exact: equal rewards give advantages of exactly 0
         divisor = 1.0 if scale == "none" else spread[key] + _EPSILON
         result.append([None if r is None else (r - mean) / divisor for r in group])
     return result

@@ -1,4 +1,8 @@
-"""The `longreach` command."""
+"""The `longreach` command: one message and an exit status for whatever goes wrong, no traceback for a user's mistake.
+
+Exit status: 0 done, 2 wrong input (nothing was begun, or what is saved stands), 1 the machine failed (disk, gradients that
+aren't finite), 130 stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..engine.model import load_tokenizer
@@ -14,16 +20,17 @@ from .config import dump
 from .console import Console
 from .curriculum import describe, phase_name
 from .evaluate import evaluate
+from .passes import bucket_line, percent
 from .policy import Policy, model_source
 from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
 from .rewards import make_reward
-from .sources import read_prompts
-from .train import Stopped, check_window, train
+from .sources import check_window, read_eval, read_prompts
+from .train import Stopped, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; an error of the user's is one message and exit status 2."""
+    """Runs one command and gives its exit status."""
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     console = Console()
@@ -33,8 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"longreach: {error}", file=sys.stderr)
         return 2
+    except (OSError, FloatingPointError) as error:
+        print(f"longreach: {error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         console.say(str(stopped))
+        return 130
+    except KeyboardInterrupt:
+        console.say("stopped at once; the same command goes on from the last checkpoint")
         return 130
 
 
@@ -57,9 +70,12 @@ def _parser() -> argparse.ArgumentParser:
             epilog="Any recipe key can be given as --section.key VALUE, for example --rl.group-size 4.",
         )
         command.add_argument("recipe", help=f"a .toml file or one of: {recipes}")
-        command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
+        command.add_argument(
+            "--skip-bad-rows", action="store_true", help="leave out rows that can't be read, and write them aside"
+        )
         command.set_defaults(run=run)
         if name == "train":
+            command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
             command.add_argument(
                 "--dry-run",
                 action="store_true",
@@ -73,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     demo = commands.add_parser("demo", help="train the demo recipe (CPU, minutes)", allow_abbrev=False)
     demo.add_argument("--run-dir", type=Path)
-    demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None)
+    demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False)
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)
@@ -91,53 +107,64 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
         if not equals:
             following = next(items, None)
             if following is None or following.startswith("--"):
-                raise ValueError(f"--{key} needs a value")
+                raise ValueError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE for one that begins with --")
             value = following
         pairs.append((key, value))
     return pairs
 
 
+def _recipe(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> Recipe:
+    skip = [("data.skip_bad_rows", "true")] if known.skip_bad_rows else []
+    return load_recipe(known.recipe, [*overrides, *skip])
+
+
 def _train(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> None:
-    recipe = load_recipe(known.recipe, overrides)
-    run_dir = known.run_dir or Path("runs") / recipe.name
+    recipe = _recipe(known, overrides)
     if known.dry_run:
-        _dry_run(recipe, run_dir, console)
+        _dry_run(recipe, console)
     else:
-        train(recipe, run_dir, replay=known.replay, console=console)
+        train(recipe, known.run_dir or Path("runs") / recipe.name, replay=known.replay, console=console)
 
 
-def _dry_run(recipe: Recipe, run_dir: Path, console: Console) -> None:
+def _dry_run(recipe: Recipe, console: Console) -> None:
+    """Reads everything but weights and writes nothing."""
     console.say(to_toml(dump(recipe)))
     check_window(recipe)
-    tokenizer = load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
-    prompts = read_prompts(recipe, tokenizer, run_dir / "data", console)
-    seen = [
-        ("sft", prompts.sft),
-        *((phase_name(i), [prompts.train[j] for j in members]) for i, members in enumerate(prompts.phases)),
-    ]
-    for name, part in [
-        *seen,
-        ("beyond the last phase", [prompts.train[i] for i in prompts.beyond]),
-        ("eval", prompts.eval),
-    ]:
+    prompts = read_prompts(recipe, _tokenizer(recipe), None, console)
+    bounds = [0, *(phase.upper for phase in recipe.phases)]
+    phases = {
+        f"{phase_name(i)} ({bounds[i]}, {bounds[i + 1]}]": [prompts.train[j] for j in members]
+        for i, members in enumerate(prompts.phases)
+    }
+    beyond = [prompts.train[i] for i in prompts.beyond]
+    for name, part in {"sft": prompts.sft, **phases, "beyond the last phase": beyond, "eval": prompts.eval}.items():
         console.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in describe(part).items()))
 
 
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    return load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
+
+
 def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> None:
-    recipe = load_recipe(known.recipe, overrides)
+    recipe = _recipe(known, overrides)
     if not recipe.data.eval:
-        raise ValueError("the recipe has no data.eval to evaluate on")
-    run_dir = known.run_dir or Path("runs") / recipe.name
-    tokenizer = load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
-    prompts = read_prompts(recipe, tokenizer, run_dir / "data", console).eval
+        raise ValueError(
+            "the recipe has no questions to evaluate on: set data.eval to files, datasets names or synthetic:NAME"
+        )
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    prompts = read_eval(recipe, _tokenizer(recipe), None, console)
     policy = Policy(recipe.model, recipe.generator)
     with console.progress("evaluating", len(prompts)) as advance:
         summary, _ = evaluate(
             policy, make_reward(recipe.reward), prompts, recipe.eval, bounds=recipe.buckets(),
             seed=recipe.run.seed, name="eval", on_batch=advance,
         )  # fmt: skip
-    for row in [*summary["benchmarks"], *({**b, "name": f"<= {b['upper']} tokens"} for b in summary["buckets"])]:
-        console.say(f"{row['name']}: {row['accuracy']} ± {row['stderr']} (n = {row['n']})")
+    for row in summary["benchmarks"]:
+        passes = ", ".join(f"pass@{k} {percent(value)}" for k, value in row["pass_at"].items())
+        console.say(f"{row['name']}: {percent(row['accuracy'])} ± {percent(row['stderr'])} (n = {row['n']}), {passes}")
+    for row in summary["buckets"]:
+        console.say(bucket_line(row))
 
 
 def _report(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> None:

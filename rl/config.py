@@ -1,16 +1,18 @@
 """Strict reading of nested settings into frozen dataclasses.
 
 An unknown key or a value of the wrong type stops with the key's full name, the nearest known key and what would fit.
-A value from the command line comes as text (`Raw`) and is read as the type that the field has.
+A value from the command line comes as text (`Raw`) and is read as the type that the field has. Keys are written with
+underscores; on the command line dashes do as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -39,34 +41,38 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            raise ValueError(f"unknown key {_join(where, key)!r}: {nearest(name, fields)}")
-        arguments[name] = _read(hints[name], value, _join(where, name))
+        if key not in fields:
+            homes = [] if where else sorted(k for k in _keys(cls) if k.rpartition(".")[2] == key)
+            hint = f"did you mean {' or '.join(map(repr, homes))}?" if homes else nearest(key, fields)
+            raise ValueError(f"unknown key {_join(where, key)!r}: {hint}")
+        arguments[key] = _read(hints[key], value, _join(where, key))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in arguments:
             raise ValueError(
                 f"{_join(where, name)!r} is missing: give it in the recipe or as --{_join(where, name).replace('_', '-')}"
             )
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:  # says which of several sections (phases.1) it is about, where it doesn't already
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def override(values: dict[str, Any], key: str, text: str) -> None:
     """Sets the dotted `key` (list items by index: `phases.0.steps`) in nested `values` to raw text."""
-    *path, last = key.replace("-", "_").split(".")
+    *path, last = key.split(".")
     at: Any = values
     for depth, part in enumerate(path):
         if isinstance(at, list):
             at = at[_index(part, at, ".".join(path[: depth + 1]))]
         else:
-            at = at.setdefault(part, {})
+            at = at.setdefault(_key(part, at), {})
         if not isinstance(at, dict | list):
             raise ValueError(f"{key!r}: {'.'.join(path[: depth + 1])!r} is a value, not a section")
     if isinstance(at, list):
         at[_index(last, at, key)] = Raw(text)
     else:
-        at[last] = Raw(text)
+        at[_key(last, at)] = Raw(text)
 
 
 def dump(config: Any) -> dict[str, Any]:
@@ -81,12 +87,29 @@ def dump(config: Any) -> dict[str, Any]:
     return config
 
 
+def _keys(hint: Any, where: str = "") -> Iterator[str]:
+    """The dotted names of all keys below a dataclass; N and NAME stand for an index and a free name."""
+    if dataclasses.is_dataclass(hint):
+        for name, inner in typing.get_type_hints(hint).items():
+            yield from _keys(inner, _join(where, name))
+        return
+    yield where
+    step = {tuple: ".N", dict: ".NAME"}.get(typing.get_origin(hint), "")
+    for inner in filter(dataclasses.is_dataclass, typing.get_args(hint)):
+        yield from _keys(inner, where + step)
+
+
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
+def _key(part: str, at: Mapping[str, Any]) -> str:
+    """A name that stands there as it is (sections of a free name may hold a dash), else with underscores."""
+    return part if part in at else part.replace("-", "_")
+
+
 def _index(part: str, items: list[Any], key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise ValueError(f"{key!r}: {part!r} is not one of the {len(items)} items (counted from 0)")
     return int(part)
 
@@ -103,6 +126,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where!r} is a section, not {value!r}: write it as [{where}] with keys")
         return build(typing.cast(type, hint), value, where)
     if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where!r} holds sections of free names, not {value!r}: write [{where}.NAME] with keys")
         inner = typing.get_args(hint)[1]
         return {key: _read(inner, item, _join(where, key)) for key, item in value.items()}
     if origin is tuple:
@@ -128,19 +153,15 @@ def _read_scalar(hint: type, value: Any, where: str) -> Any:
             return str(value)
         raise wrong
     if isinstance(value, Raw):
-        if hint is bool:
-            if value.lower() in _BOOLEANS:
-                return _BOOLEANS[value.lower()]
-            raise wrong
         try:
-            return hint(value.replace("_", ""))
-        except ValueError:
+            value = _BOOLEANS[value.lower()] if hint is bool else hint(value)
+        except (ValueError, KeyError):
             raise wrong from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise wrong
     return value
 
 
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_NAMES = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}

@@ -33,7 +33,7 @@ class Console:
     """Where a run reports to. `quiet` keeps only warnings, for tests."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = RichConsole(highlight=False, soft_wrap=True, emoji=False)
         self._quiet = quiet
 
     def say(self, text: str) -> None:

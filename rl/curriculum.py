@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..engine import Sampling
+from ..engine.optimizer import Schedule
 from .prompts import Prompt
 
 
@@ -32,12 +34,20 @@ class Phase:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f"a phase samples with temperature {self.temperature}: greedy completions are all alike, use > 0"
-            )
+        if self.temperature == 0:
+            raise ValueError("temperature = 0: greedy completions are all alike, a phase needs more than 0")
         if self.steps < 1 or self.upper < 1:
-            raise ValueError(f"a phase needs steps >= 1 and upper >= 1, not {self.steps} and {self.upper}")
+            raise ValueError(f"steps and upper must be at least 1, not {self.steps} and {self.upper}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps must lie in 0..steps = {self.steps}, not {self.warmup_steps}")
+        self.sampling()  # both refuse what they can't do, here and not after hours of the phases before
+        self.rates()
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_completion, self.temperature, self.top_p, self.top_k)
+
+    def rates(self) -> Schedule:
+        return Schedule(self.learning_rate, self.warmup_steps, self.schedule)
 
 
 def phase_name(index: int) -> str:

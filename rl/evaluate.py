@@ -17,7 +17,7 @@ from .rewards import Reward
 from .rollouts import roll_out
 from .run import BatchLog
 from .seeds import derive
-from .statistics import Estimate, accuracy, accuracy_by_bucket, pass_at
+from .statistics import Estimate, accuracy, accuracy_by_bucket, bucket_of, pass_at
 
 Row = dict[str, Any]
 
@@ -27,7 +27,7 @@ class EvalConfig:
     """`every` RL steps evaluates within a phase too (0: after each stage); `base` evaluates the untrained model first.
 
     `headline` names the benchmarks of the headline table (empty: all); `buckets` are upper bounds of the length
-    buckets in tokens (empty: those of the phases). `batch` questions are generated at a time.
+    buckets in tokens (empty: those of the phases, or of the SFT where there are none). `batch` questions are generated at a time.
     """
 
     k: int = 1
@@ -48,6 +48,11 @@ class EvalConfig:
             raise ValueError(
                 f"eval.k = {self.k} greedy completions are all alike: set eval.temperature above 0, or eval.k = 1"
             )
+        if self.every < 0:
+            raise ValueError(f"eval.every must be 0 (off) or a number of steps, not {self.every}")
+        if self.buckets:
+            bucket_of(1, self.buckets)  # refuses bounds that don't rise
+        self.sampling()
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_completion, self.temperature, self.top_p, self.top_k)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Group, Sampling, completion_logprobs, pack_groups
+from ..engine import Group, Sampling, pack_groups
 from ..engine.optimizer import apply_update
 from ..kernels import Mean, policy_loss
+from ..kernels.policy_loss import KL_ESTIMATORS
 from .advantages import SCALES, group_advantages, overlong_penalty, reward_spread
 from .config import nearest
 from .policy import Policy
@@ -28,6 +29,7 @@ from .rollouts import Rollout, RolloutGroup, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
+from .step_metrics import cost, mean_of, rollout_metrics
 
 KINDS = ("grpo", "dapo", "dr_grpo", "bnpo")
 
@@ -73,6 +75,17 @@ class GrpoConfig:
             )
         if self.max_batches < 1:
             raise ValueError(f"rl.max_batches must be at least 1, not {self.max_batches}")
+        if self.kl not in KL_ESTIMATORS:
+            raise ValueError(f"rl.kl {self.kl!r} is not a known estimator: {nearest(self.kl, KL_ESTIMATORS)}")
+        if self.clip_low > 1.0:
+            raise ValueError(f"rl.clip_low = {self.clip_low}: ratios are positive, so it is at most 1")
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            raise ValueError(
+                f"rl.importance_cap must be positive, not {self.importance_cap}; leave it out to switch it off"
+            )
+        for name in ("clip_low", "clip_high", "kl_weight", "entropy_weight", "overlong_buffer"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"rl.{name} must be 0 or more, not {getattr(self, name)}")
 
 
 @dataclass
@@ -94,7 +107,7 @@ Minibatch = list[tuple[Prompt, list[Sample]]]
 
 
 class GrpoTrainer:
-    """Everything a phase's steps share. `reference` is None unless `kl_weight` asks for it."""
+    """Everything a phase's steps share. `reference` is asked only if `kl_weight` isn't 0, and may else be None."""
 
     def __init__(
         self, config: GrpoConfig, policy: Policy, reward: Reward, optimizer: torch.optim.Optimizer, *, stage: str,
@@ -118,7 +131,8 @@ class GrpoTrainer:
         with watch("update_actor"):
             metrics = self.update_all(minibatches, learning_rate)
         watch.seconds["timing_s/step"] = time.perf_counter() - start
-        return {**self.rollout_metrics(groups), **metrics, **self.cost(groups, watch)}, groups
+        costs = cost(groups, watch, self.policy.model.device)
+        return {**rollout_metrics(groups), **self.reward.metrics(), **metrics, **costs}, groups
 
     def collect(self, step: int, watch: Stopwatch) -> list[RolloutGroup]:
         """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ."""
@@ -181,7 +195,8 @@ class GrpoTrainer:
             if index:
                 for sample, logp in self._logprobs(self.policy, self.computed(minibatch)):
                     sample.old_logp = logp
-            if self.reference is not None:
+            if self.config.kl_weight:
+                assert self.reference is not None, "a KL term compares with a reference"
                 for sample, logp in self._logprobs(self.reference, self.computed(minibatch)):
                     sample.ref_logp = logp
 
@@ -204,14 +219,17 @@ class GrpoTrainer:
         totals: dict[str, Mean] = {}
         losses, norms = [], []
         for minibatch in minibatches:
+            if not any(samples for _, samples in minibatch):
+                continue  # nothing was learned from: weight decay and momentum alone must not move the weights
             losses.append(self.gradient(minibatch, totals))
             norms.append(apply_update(self.optimizer, self.policy.model, learning_rate, self.grad_clip))
         metrics = {name: mean.value for name, mean in totals.items()}
         return {
             **metrics,
-            "loss": sum(losses) / len(losses),
-            "grad_norm": sum(norms) / len(norms),
+            "loss": mean_of(losses),
+            "grad_norm": mean_of(norms),
             "learning_rate": learning_rate,
+            "updates": len(losses),
         }
 
     def gradient(self, minibatch: Minibatch, totals: dict[str, Mean]) -> float:
@@ -219,8 +237,7 @@ class GrpoTrainer:
         config, total = self.config, 0.0
         normalizer = self.normalizer(minibatch)
         for row, samples in _rows(self.computed(minibatch), config.micro_batch_tokens):
-            with self.policy.precision():
-                made = completion_logprobs(self.policy.model, row, temperature=self.sampling.temperature)
+            made = self.policy.logprobs(row, self.sampling.temperature)
             result = policy_loss(
                 made.logp, **self._loss_inputs(samples, made.logp), kind=config.kind, normalizer=normalizer, entropy=made.entropy,
                 clip_low=config.clip_low, clip_high=config.clip_high, kl_weight=config.kl_weight, kl=config.kl,
@@ -258,37 +275,6 @@ class GrpoTrainer:
             return float(max(1, sequences) * self.sampling.max_completion)
         return float(max(1, tokens))
 
-    def rollout_metrics(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        """Under TRL's names, over everything sampled."""
-        rollouts = [r for group in groups for r in group.rollouts]
-        rewards = [r.reward for r in rollouts if r.reward is not None]
-        spreads = [reward_spread(group.rewards) for group in groups]
-        lengths = [len(r.completion_ids) for r in rollouts]
-        parts = {name for r in rollouts for name in r.rewards}
-        known = {name: [v for r in rollouts if (v := r.rewards.get(name)) is not None] for name in sorted(parts)}
-        return {
-            "reward": _mean(rewards), "reward_std": _mean(spreads), "frac_reward_zero_std": _mean([s == 0 for s in spreads]),
-            "completions/mean_length": _mean(lengths), "completions/min_length": min(lengths), "completions/max_length": max(lengths),
-            "completions/clipped_ratio": _mean([r.finish_reason == "length" for r in rollouts]),
-            "prompt_length/mean": _mean([len(group.prompt.ids) for group in groups]),
-            "sampling/groups": len(groups), "sampling/no_verdict": len(rollouts) - len(rewards),
-            **{f"rewards/{name}/mean": _mean(values) for name, values in known.items()},
-            **self.reward.metrics(),
-        }  # fmt: skip
-
-    def cost(self, groups: list[RolloutGroup], watch: Stopwatch) -> dict[str, float]:
-        """Under verl's names. Throughput counts each prompt once and every completion token."""
-        tokens = sum(len(g.prompt.ids) + sum(len(r.completion_ids) for r in g.rollouts) for g in groups)
-        memory = {}
-        if self.policy.model.device.type == "cuda":
-            memory["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        return {
-            "num_tokens": tokens,
-            "perf/throughput": tokens / watch.seconds["timing_s/step"],
-            **memory,
-            **watch.seconds,
-        }
-
 
 def _rows(minibatch: Minibatch, budget: int) -> list[tuple[Sequence[Group], list[Sample]]]:
     """Micro-batches: packed rows within the budget, and their samples in row order."""
@@ -299,7 +285,3 @@ def _rows(minibatch: Minibatch, budget: int) -> list[tuple[Sequence[Group], list
 def _differing(groups: Sequence[RolloutGroup]) -> list[int]:
     """Indices of the groups whose rewards differ: only they have a gradient."""
     return [i for i, group in enumerate(groups) if reward_spread(group.rewards) > 0]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")

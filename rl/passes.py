@@ -7,11 +7,11 @@ whole or absent, and one that is there is not made again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..engine import Sampling
 from ..engine.checkpoint import write_atomically
 from .console import Console
 from .curriculum import Phase
@@ -44,9 +44,10 @@ class Context:
 def evaluation(run: Context, name: str, step: int) -> None:
     """Scores the policy on the evaluation data: `evals/<name>.json` and every completion beside it."""
     path = run.folder.eval_file(name)
-    if path.exists():
-        return
     log = BatchLog(path.with_suffix(".batches.jsonl"), {"step": step})
+    if path.exists():
+        log.path.unlink(missing_ok=True)  # a kill may have come between the two
+        return
     with run.console.progress(f"evaluating {name}", len(run.prompts.eval)) as advance:
 
         def on_batch(count: int) -> None:
@@ -60,10 +61,7 @@ def evaluation(run: Context, name: str, step: int) -> None:
     run.folder.write_lines(path.with_suffix(".completions.jsonl"), rows)
     write_atomically(path, json.dumps(summary, indent=1))
     log.path.unlink()
-    table = ", ".join(
-        f"<= {b['upper'] or 'above'}: {_percent(b['accuracy'])} ± {_percent(b['stderr'])}" for b in summary["buckets"]
-    )
-    run.console.say(f"accuracy {name} | {table}")
+    run.console.say(f"accuracy {name} | {', '.join(bucket_line(bucket) for bucket in summary['buckets'])}")
 
 
 def pool(run: Context, stage: str, members: Sequence[int], next_phase: Phase, step: int) -> None:
@@ -73,10 +71,13 @@ def pool(run: Context, stage: str, members: Sequence[int], next_phase: Phase, st
     if path.exists():
         return
     if run.replay is not None:
-        run.folder.write_lines(path, read_lines(RunFolder(run.replay).pool_file(stage)))
+        saved = RunFolder(run.replay).pool_file(stage)
+        if not saved.exists():
+            raise ValueError(f"{saved} is missing: {run.replay} has no pool of {stage} to replay")
+        run.folder.write_lines(path, read_lines(saved))
         return
     groups = _recorded(run, stage) if config.source == "records" else _fresh(run, stage, members, next_phase, step)
-    entries = select(score(groups), config, run.recipe.run.seed)
+    entries = select(score(groups), config, derive(run.recipe.run.seed, stage))
     run.folder.write_lines(path, [entry.dump() for entry in entries])
     selected = sum(entry.selected for entry in entries)
     run.console.say(
@@ -104,7 +105,7 @@ def _fresh(run: Context, stage: str, members: Sequence[int], next_phase: Phase, 
             lines = log.get(number)
             if lines is None:
                 made = roll_out(
-                    run.policy, run.reward, prompts, config.samples, phase_sampling(next_phase),
+                    run.policy, run.reward, prompts, config.samples, next_phase.sampling(),
                     seed=derive(recipe.run.seed, "difficulty", stage, number), stage=f"difficulty-{stage}", step=step,
                 )  # fmt: skip
                 lines = [r.dump() for group in made for r in group.rollouts]
@@ -128,9 +129,12 @@ def summary(folder: RunFolder, names: Sequence[str]) -> None:
         accuracy_figure(text, folder.root / "accuracy.png")
 
 
-def phase_sampling(phase: Phase) -> Sampling:
-    return Sampling(phase.max_completion, phase.temperature, phase.top_p, phase.top_k)
+def bucket_line(bucket: Mapping[str, Any]) -> str:
+    """One length bucket as the console shows it."""
+    name = "above" if bucket["upper"] is None else f"<= {bucket['upper']}"
+    return f"{name}: {percent(bucket['accuracy'])} ± {percent(bucket['stderr'])} (n = {bucket['n']})"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """As the console shows shares."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from ..engine import Completion, Group, Sampling, completion_logprobs, generate,
 from ..engine.generate import GeneratorConfig
 from ..engine.model import DTYPES, ModelConfig, pick_device, stop_tokens
 from ..kernels import LogProbs
+from .config import nearest
 from .prompts import Prompt
 
 SHIPPED = "shipped:"
@@ -27,10 +27,11 @@ def model_source(config: ModelConfig) -> str:
     """`config.path`, with `shipped:NAME` as the folder of a model that comes with the package."""
     if not config.path.startswith(SHIPPED):
         return config.path
-    folder = Path(str(resources.files(__package__) / "assets" / config.path.removeprefix(SHIPPED)))
-    if not folder.is_dir():
-        raise ValueError(f"model.path = {config.path!r}: no such model comes with the package")
-    return str(folder)
+    name, assets = config.path.removeprefix(SHIPPED), Path(__file__).with_name("assets")
+    known = [folder.parent.name for folder in assets.glob("*/config.json")]
+    if name not in known:
+        raise ValueError(f"model.path = {config.path!r}: no such model comes with the package; {nearest(name, known)}")
+    return str(assets / name)
 
 
 class Policy:

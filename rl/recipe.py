@@ -7,10 +7,10 @@ refused here, before a model or a document is read.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -80,31 +80,40 @@ class Recipe:
                 f"rl.micro_batch_tokens = {self.rl.micro_batch_tokens} can't hold one prompt of phases.{index} with one completion "
                 f"({phase.upper} + {phase.max_completion} = {need} tokens): raise it to {need} at least, or lower the phase's limits"
             )
-        cached = phase.upper + self.rl.group_size * phase.max_completion
-        if self.generator.batch_tokens < cached:
-            raise ValueError(
-                f"generator.batch_tokens = {self.generator.batch_tokens} can't hold one group of phases.{index} "
-                f"({phase.upper} + {self.rl.group_size} x {phase.max_completion} = {cached} tokens): raise it to {cached} at least"
-            )
+        self._check_cache(f"phases.{index}", phase.upper, self.rl.group_size, phase.max_completion)
         if self.rl.overlong_buffer >= phase.max_completion:
             raise ValueError(
                 f"rl.overlong_buffer = {self.rl.overlong_buffer} covers all {phase.max_completion} tokens of phases.{index}'s "
                 "completions: it must be smaller than max_completion"
             )
+        if self.retrospective and self.retrospective.source == "fresh" and index + 1 < len(self.phases):
+            limit, samples = self.phases[index + 1].max_completion, self.retrospective.samples
+            self._check_cache(f"the difficulty pass after phases.{index}", phase.upper, samples, limit)
+
+    def _check_cache(self, what: str, prompt: int, samples: int, max_completion: int) -> None:
+        need = prompt + samples * max_completion
+        if self.generator.batch_tokens < need:
+            raise ValueError(
+                f"generator.batch_tokens = {self.generator.batch_tokens} can't hold one group of {what} "
+                f"({prompt} + {samples} x {max_completion} = {need} tokens): raise it to {need} at least"
+            )
 
     def buckets(self) -> list[int]:
         """Upper bounds of the length buckets of evaluation, in tokens."""
-        return list(self.eval.buckets) or [phase.upper for phase in self.phases]
+        return list(self.eval.buckets) or [part.upper for part in self.phases or (self.sft,) if part]
 
     def window(self) -> int:
-        """Tokens that the model's positions must cover: the longest prompt with its completion."""
-        return max((p.upper + p.max_completion for p in self.phases), default=self.sft.upper if self.sft else 0)
+        """Tokens that the model's positions must cover in training: the longest prompt with its completion."""
+        return max(self.sft.upper if self.sft else 0, *(p.upper + p.max_completion for p in self.phases), 0)
+
+    def check_eval_cache(self, longest: int) -> None:
+        """Raises ValueError if the generator can't hold a question of `longest` tokens with its completions."""
+        self._check_cache("eval", longest, self.eval.k, self.eval.max_completion)
 
 
 def shipped() -> dict[str, Path]:
     """Recipes that come with the package, by name."""
-    folder = Path(str(resources.files(__package__) / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
 
 
 def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -120,10 +129,12 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     return build(Recipe, values)
 
 
-def _read_toml(name: str, chain: tuple[str, ...]) -> dict[str, Any]:
+def _read_toml(name: str, chain: tuple[Path, ...]) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else shipped().get(name)
     if path is None or not path.is_file():
         raise ValueError(f"no recipe {name!r}: {nearest(name, shipped())} (or give the path of a .toml file)")
+    if path.resolve() in chain:
+        raise ValueError(f"{chain[-1]} extends {path}, which extends it in turn: a recipe can't be its own ancestor")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -131,10 +142,10 @@ def _read_toml(name: str, chain: tuple[str, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    if parent in chain:
-        raise ValueError(f"{path}: extends {parent!r}, which extends this recipe again")
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: extends must be the name or the path of one recipe, not {parent!r}")
     beside = path.parent / parent
-    base = _read_toml(str(beside) if parent.endswith(".toml") else parent, (*chain, name))
+    base = _read_toml(str(beside) if parent.endswith(".toml") else parent, (*chain, path.resolve()))
     return _merge(base, {"name": path.stem, **values})
 
 
@@ -152,7 +163,7 @@ def to_toml(values: Mapping[str, Any], where: str = "") -> str:
     scalars = {k: v for k, v in values.items() if not isinstance(v, Mapping) and not _is_tables(v)}
     lines = [f"{key} = {_toml_value(value)}" for key, value in scalars.items()]
     for key, value in values.items():
-        name = f"{where}.{key}" if where else key
+        name = f"{where}.{_toml_key(key)}" if where else _toml_key(key)
         if isinstance(value, Mapping):
             lines += ["", f"[{name}]", to_toml(value, name)]
         elif _is_tables(value):
@@ -163,6 +174,10 @@ def to_toml(values: Mapping[str, Any], where: str = "") -> str:
 
 def _is_tables(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _toml_value(value: Any) -> str:

@@ -6,7 +6,7 @@ A step can be trained from the dump alone: floats survive JSON exactly, and prom
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine import Sampling
@@ -41,7 +41,7 @@ class Rollout:
     used: bool = False
 
     def dump(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))  # not asdict, which copies every number of long completions one by one
 
     @staticmethod
     def load(line: Mapping[str, Any]) -> Rollout:
@@ -95,7 +95,7 @@ def roll_out(
     with watch("reward"):
         scored = reward.score(
             [prompt.example for prompt, _ in flat],
-            [render(prompt.example, policy.tokenizer) for prompt in prompts for _ in range(group_size)],
+            [text for prompt in prompts for text in [render(prompt.example, policy.tokenizer)] * group_size],
             texts,
             [list(completion.ids) for _, completion in flat],
             [completion.finish_reason for _, completion in flat],

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ class RunConfig:
             raise ValueError(
                 f"run.save_every and run.keep_checkpoints must be at least 1, not {self.save_every} and {self.keep_checkpoints}"
             )
+        if self.threads < 0:
+            raise ValueError(f"run.threads must be 0 (torch's own number) or more, not {self.threads}")
 
 
 class RunFolder:
@@ -67,7 +69,10 @@ class RunFolder:
             ValueError: the folder belongs to another recipe, isn't a run folder, or another process is writing it.
         """
         kept = self.root / "recipe.toml"
-        if self.root.exists() and not kept.exists() and any(self.root.iterdir()):
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"{self.root} is a file: give another --run-dir")
+        # What begins with a dot may be ours, from a process killed before the recipe was written.
+        if self.root.exists() and not kept.exists() and any(p.name[0] != "." for p in self.root.iterdir()):
             raise ValueError(f"{self.root} is not empty and not a run folder: give another --run-dir")
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = (self.root / ".lock").open("w")
@@ -89,8 +94,8 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def rewind(self, step: int) -> None:
-        """Cuts off metrics, rollouts and evaluations that were made after `step`."""
+    def rewind(self, step: int, unfinished: Collection[str]) -> None:
+        """Cuts off metrics, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
         if self.metrics_file.exists():
             kept = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
             write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
@@ -100,13 +105,21 @@ class RunFolder:
         for path in (self.root / "evals").glob("*.json"):
             if json.loads(path.read_text())["step"] > step:
                 path.unlink()
+        for path in (*self.root.glob("evals/*.batches.jsonl"), *self.root.glob("rollouts/difficulty-*.jsonl")):
+            first = next(read_lines(path), None)
+            if first is None or first["by"]["step"] > step:
+                path.unlink()
+        for name in unfinished:
+            self.pool_file(name).unlink(missing_ok=True)
 
-    def claim_data(self, fingerprint: str) -> None:
-        """Raises ValueError if the run was begun with other prompts: its rollouts and pool would name the wrong ones."""
-        kept = self.root / "data" / "fingerprint"
-        if kept.exists() and kept.read_text() != fingerprint:
-            raise ValueError(f"the data changed since {self.root} was begun: restore it, or give another --run-dir")
-        write_atomically(kept, fingerprint)
+    def claim(self, what: str, value: str) -> None:
+        """Raises ValueError if the run was begun with another `value` of `what`: its rollouts and pool would not fit."""
+        kept = self.root / "data" / f"{what}.claim"
+        if kept.exists() and kept.read_text(encoding="utf-8") != value:
+            raise ValueError(
+                f"the {what} is not what {self.root} was begun with: restore it, or give another --run-dir"
+            )
+        write_atomically(kept, value)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         finite = {
@@ -114,6 +127,8 @@ class RunFolder:
         }  # JSON has no NaN
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # not behind the checkpoint that may follow
 
     def write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         """A whole JSONL file or none."""
@@ -130,23 +145,22 @@ class BatchLog:
         self.path = path
         self._made_by = dict(made_by)
         self._done: dict[int, list[dict[str, Any]]] = {}
+        self._torn = False
         if path.exists():
             self._done = {line["batch"]: line["rows"] for line in read_lines(path) if line["by"] == self._made_by}
+            self._torn = not path.read_bytes().endswith(b"\n")
 
     def get(self, batch: int) -> list[dict[str, Any]] | None:
         return self._done.get(batch)
 
     def add(self, batch: int, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.stat().st_size and self.path.read_bytes()[-1:] != b"\n"
+        line = json.dumps({"batch": batch, "by": self._made_by, "rows": rows}, ensure_ascii=False)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(
-                ("\n" if torn else "")
-                + json.dumps({"batch": batch, "by": self._made_by, "rows": rows}, ensure_ascii=False)
-                + "\n"
-            )
+            file.write(("\n" if self._torn else "") + line + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._torn = False
         self._done[batch] = rows
 
 

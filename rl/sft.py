@@ -42,6 +42,12 @@ class SftConfig:
             raise ValueError(
                 f"sft.epochs and sft.batch_size must be at least 1, not {self.epochs} and {self.batch_size}"
             )
+        if self.warmup_steps < 0:
+            raise ValueError(f"sft.warmup_steps must be 0 or more, not {self.warmup_steps}")
+        self.rates()  # refuses an unknown schedule
+
+    def rates(self) -> Schedule:
+        return Schedule(self.learning_rate, self.warmup_steps, self.schedule)
 
 
 def sft_examples(policy: Policy, prompts: Sequence[Prompt], upper: int) -> tuple[list[Group], int]:
@@ -96,7 +102,3 @@ def sft_step(
         "loss": total_loss, "entropy": total_entropy / tokens, "grad_norm": norm, "learning_rate": learning_rate,
         "num_tokens": processed, "perf/throughput": processed / watch.seconds["timing_s/step"], **watch.seconds,
     }  # fmt: skip
-
-
-def sft_schedule(config: SftConfig) -> Schedule:
-    return Schedule(config.learning_rate, config.warmup_steps, config.schedule)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ..engine.model import read_config
+from .config import nearest
 from .console import Console
 from .curriculum import assign
 from .data import read_examples
+from .policy import model_source
 from .prompts import Prompt, tokenize
 from .recipe import SYNTHETIC, Recipe
 from .synthetic import write_rows
@@ -29,22 +34,18 @@ class Prompts:
     beyond: list[int]
 
 
-def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, console: Console) -> Prompts:
-    """Reads all data of the recipe; generated rows and set-aside bad rows are kept in `folder`.
+def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None, console: Console) -> Prompts:
+    """Reads all data of the recipe; generated rows and set-aside bad rows are kept in `folder`, or nowhere.
 
     Raises:
-        ValueError: a bad row, an unknown source, a prompt id that stands twice, or a phase without a prompt.
+        ValueError: a bad row, an unknown source, a prompt id that stands twice, a phase without a prompt, or questions
+            that can't be evaluated.
     """
-    data = recipe.data
-    sft = _read(recipe, recipe.sft.data, "response", tokenizer, folder, console) if recipe.sft else []
-    train = _read(recipe, data.train, "answers", tokenizer, folder, console, limit=data.limit) if recipe.phases else []
-    evaluation = [
-        p
-        for source in data.eval
-        for p in _read(recipe, source, "answers", tokenizer, folder, console, split=data.eval_split)
-    ]
-    for name, prompts in (("data.train", train), ("data.eval", evaluation)):
-        _refuse_twins(name, prompts)
+    reader = _Reader(recipe, tokenizer, folder, console)
+    sft = reader.read("sft", recipe.sft.data, "response", recipe.data.split) if recipe.sft else []
+    train = reader.read("train", recipe.data.train, "answers", recipe.data.split) if recipe.phases else []
+    evaluation = read_eval(recipe, tokenizer, folder, console)
+    _refuse_twins("data.train", train)
     phases, beyond = assign([len(p.ids) for p in train], recipe.phases)
     for index, members in enumerate(phases):
         if not members:
@@ -58,35 +59,92 @@ def read_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Pat
     return Prompts(sft, train, evaluation, phases, beyond)
 
 
-def _read(
-    recipe: Recipe, source: str, needs: Literal["answers", "response"], tokenizer: PreTrainedTokenizerBase, folder: Path,
-    console: Console, split: str | None = None, limit: int | None = None,
-) -> list[Prompt]:  # fmt: skip
-    data = recipe.data
-    path: str | Path = source
-    if source.startswith(SYNTHETIC):
+def read_eval(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path | None, console: Console
+) -> list[Prompt]:
+    """The evaluation data alone, with what `read_prompts` says of it."""
+    reader = _Reader(recipe, tokenizer, folder, console)
+    made = [
+        prompt
+        for index, source in enumerate(recipe.data.eval)
+        for prompt in reader.read(f"eval-{index}", source, "answers", recipe.data.eval_split)
+    ]
+    _refuse_twins("data.eval", made)
+    if made:
+        _check_eval(recipe, made)
+    return made
+
+
+def _check_eval(recipe: Recipe, questions: list[Prompt]) -> None:
+    longest = max(len(question.ids) for question in questions)
+    recipe.check_eval_cache(longest)
+    check_window(recipe, longest + recipe.eval.max_completion)
+    names = {question.example.benchmark for question in questions}
+    for name in recipe.eval.headline:
+        if name not in names:
+            raise ValueError(
+                f"eval.headline: no question of data.eval has the benchmark {name!r}; {nearest(name, names)}"
+            )
+
+
+def check_window(recipe: Recipe, evaluated: int = 0) -> None:
+    """Raises ValueError if the model's positions end before the longest prompt with its completion does.
+
+    Args:
+        evaluated: tokens of the longest question of the evaluation with its completion, once they are known.
+    """
+    source, yarn, need = model_source(recipe.model), recipe.model.yarn, max(recipe.window(), evaluated)
+    config = read_config(source, yarn=yarn, trust_remote_code=recipe.model.trust_remote_code)
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and need > window:
+        lower = (
+            "cut long questions (data.truncate, data.max_length)" if evaluated == need else "lower the phases' limits"
+        )
+        raise ValueError(
+            f"the longest prompt with its completion takes {need} tokens, but {source} has positions for {window}: "
+            f"set model.yarn = {math.ceil(need / (window / (yarn or 1.0)))}.0, or {lower}"
+        )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads sources of one recipe. Without a folder, generated rows go through a temporary file and bad rows are only counted."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path | None
+    console: Console
+
+    def read(self, role: str, source: str, needs: Literal["answers", "response"], split: str) -> list[Prompt]:
+        data, warn = self.recipe.data, self.console.warn
+        aside = self.folder and self.folder / f"bad-{role}.jsonl"
+        with tempfile.TemporaryDirectory() as temporary:
+            result = read_examples(
+                self._written(source, self.folder or Path(temporary)), split=split, set_aside=aside, needs=needs,
+                limit=data.limit if role == "train" else None, skip_bad_rows=data.skip_bad_rows,
+            )  # fmt: skip
+        if result.bad:
+            warn(f"{source}: {len(result.bad)} bad rows were left out" + (f" and written to {aside}" if aside else ""))
+        prompts = tokenize(result.examples, self.tokenizer, max_length=data.max_length, truncate=data.truncate)
+        cut = sum(prompt.truncated_from is not None for prompt in prompts)
+        if cut:
+            warn(f"{source}: {cut} of {len(prompts)} prompts were cut in the middle to {data.max_length} tokens")
+        return prompts
+
+    def _written(self, source: str, folder: Path) -> str | Path:
+        """The source, or the file that its generated rows are written to."""
+        if not source.startswith(SYNTHETIC):
+            return source
         name = source.removeprefix(SYNTHETIC)
-        path = write_rows(recipe.synthetic[name], tokenizer, folder / f"{name}.jsonl")
-    aside = folder / f"bad-{Path(source.replace(':', '-')).name}.jsonl"
-    result = read_examples(
-        path, split=split or data.split, limit=limit, skip_bad_rows=data.skip_bad_rows, set_aside=aside, needs=needs
-    )
-    if result.bad:
-        console.warn(f"{source}: {len(result.bad)} bad rows were left out and written to {aside}")
-    prompts = tokenize(result.examples, tokenizer, max_length=data.max_length, truncate=data.truncate)
-    cut = sum(prompt.truncated_from is not None for prompt in prompts)
-    if cut:
-        console.warn(f"{source}: {cut} of {len(prompts)} prompts were cut in the middle to {data.max_length} tokens")
-    return prompts
+        return write_rows(self.recipe.synthetic[name], self.tokenizer, folder / f"{name}.jsonl")
 
 
 def fingerprint(prompts: Prompts) -> str:
-    """SHA-256 over ids and tokens of everything a run reads."""
+    """SHA-256 over everything a run reads: prompts as tokens, answers, responses, benchmarks and other columns."""
     digest = hashlib.sha256()
     for prompt in (*prompts.sft, *prompts.train, *prompts.eval):
-        digest.update(
-            json.dumps([prompt.example.id, prompt.ids, prompt.example.answers, prompt.example.response]).encode()
-        )
+        row = {**prompt.example.to_row(), "context": None, "prompt": None, "ids": prompt.ids}  # ids stand for the text
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -6,12 +6,14 @@ averages, random states, sampler position with its returned prompts, curriculum 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..engine.checkpoint import (
@@ -43,18 +45,35 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer | None, progress: Prog
 
     def write(folder: Path) -> None:
         save_weights(policy, folder)
-        save_state(optimizer.state_dict() if optimizer else None, folder, "optimizer")
-        save_state({**vars(progress), "rng": rng_state()}, folder, "progress")
+        with _full_disk_as_oserror():
+            save_state(optimizer.state_dict() if optimizer else None, folder, "optimizer")
+            save_state({**vars(progress), "rng": rng_state()}, folder, "progress")
 
     return save_checkpoint(root, progress.step, write, keep=keep)
 
 
 def save_weights(policy: Policy, folder: Path) -> None:
+    """What a checkpoint needs of the model: all of it, or its adapters."""
     if policy.config.lora is None:
-        save_model(policy.model, policy.tokenizer, folder / "model")
-    else:  # the base model is on disk already
-        adapters = {name: p.detach().cpu().contiguous() for name, p in trainable(policy.model).items()}
+        save_plain(policy, folder / "model")
+        return
+    adapters = {name: p.detach().cpu().contiguous() for name, p in trainable(policy.model).items()}
+    with _full_disk_as_oserror():  # the base model is on disk already
         save_file(adapters, folder / "adapters.safetensors")
+
+
+def save_plain(policy: Policy, folder: Path) -> None:
+    """The whole model, adapters merged, in the transformers layout. Raises OSError."""
+    with _full_disk_as_oserror():
+        save_model(policy.model, policy.tokenizer, folder)
+
+
+@contextmanager
+def _full_disk_as_oserror() -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:  # safetensors has an exception of its own for it
+        raise OSError(str(error)) from error
 
 
 @torch.no_grad()
@@ -68,16 +87,23 @@ def load_adapters(policy: Policy, folder: Path) -> None:
 
 
 def newest(root: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
-    """The newest intact checkpoint and its progress; random states are set, later leftovers removed."""
+    """The newest intact checkpoint and its progress; later leftovers are removed."""
     folder = latest_checkpoint(root, say)
     if folder is None:
+        if any(root.glob("[0-9]*")):
+            say(f"no checkpoint in {root} is intact: starting from the beginning")
         drop_newer(root, -1)
         return None
     saved = load_state(folder, "progress")
-    set_rng_state(saved.pop("rng"))
+    saved.pop("rng")
     progress = Progress(**saved)
     drop_newer(root, progress.step)
     return folder, progress
+
+
+def restore_random_states(folder: Path) -> None:
+    """Python's, numpy's and torch's generators as they were; called last, since loading a model may draw from them."""
+    set_rng_state(load_state(folder, "progress")["rng"])
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:

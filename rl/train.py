@@ -16,7 +16,7 @@ from types import FrameType
 
 import torch
 
-from ..engine.model import load_tokenizer, read_config, save_model
+from ..engine.model import load_tokenizer
 from ..engine.optimizer import Schedule, make_optimizer
 from . import passes, state
 from .config import dump
@@ -30,9 +30,9 @@ from .rewards import make_reward
 from .rollouts import RolloutGroup, regroup
 from .run import RunFolder, read_lines
 from .sampler import PromptSampler
-from .seeds import derive
-from .sft import sft_batch, sft_examples, sft_schedule, sft_step, sft_steps
-from .sources import fingerprint, read_prompts
+from .seeds import derive, seed_everything
+from .sft import sft_batch, sft_examples, sft_step, sft_steps
+from .sources import check_window, fingerprint, read_prompts
 
 Step = Callable[[int, float], dict[str, float]]
 
@@ -77,11 +77,15 @@ def train(recipe: Recipe, run_dir: Path, *, replay: Path | None = None, console:
         Stopped: after Ctrl-C, when all is saved.
     """
     check_window(recipe)
+    if replay is not None and (not (replay / "rollouts").is_dir() or replay.resolve() == run_dir.resolve()):
+        raise ValueError(
+            f"{replay} can't be replayed in {run_dir}: give --replay another run's folder with saved rollouts"
+        )
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     folder = RunFolder(run_dir)
-    folder.open(to_toml(dump(recipe)))
     try:
+        folder.open(to_toml(dump(recipe)))
         return Run(recipe, folder, replay, console or Console()).go()
     finally:
         folder.close()
@@ -94,12 +98,14 @@ class Run:
         self.recipe, self.folder, self.console = recipe, folder, console
         self.interrupted = False
         found = state.newest(folder.checkpoints, console.warn)
-        torch.manual_seed(recipe.run.seed)
         self.checkpoint, self.progress = found or (None, state.Progress())
-        folder.rewind(self.progress.step)
+        unfinished = [s.name for s in stages_of(recipe)[self.progress.stage :] if s.kind == "phase"]
+        folder.rewind(self.progress.step, unfinished)
         tokenizer = load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
         prompts = read_prompts(recipe, tokenizer, folder.root / "data", console)
-        folder.claim_data(fingerprint(prompts))
+        folder.claim("data", fingerprint(prompts))
+        folder.claim("replay", "none" if replay is None else "rollouts of another run")
+        seed_everything(recipe.run.seed)
         full = self.checkpoint / "model" if self.checkpoint and recipe.model.lora is None else None
         policy = Policy(recipe.model, recipe.generator, full)
         if self.checkpoint and recipe.model.lora:
@@ -109,7 +115,8 @@ class Run:
             recipe, folder, console, prompts, policy, reward, replay, self._stop_if_interrupted
         )
         self.optimizer: torch.optim.Optimizer | None = None
-        if found:
+        if self.checkpoint:
+            state.restore_random_states(self.checkpoint)
             console.say(f"resuming {folder.root} at step {self.progress.step}")
 
     def go(self) -> Path:
@@ -120,7 +127,7 @@ class Run:
                 {"sft": self._sft, "phase": self._phase, "eval": self._eval, "pool": self._pool}[stage.kind](stage)
                 self._stage_done(stage)
         final = self.folder.root / "model"
-        save_model(self.context.policy.model, self.context.policy.tokenizer, final)
+        state.save_plain(self.context.policy, final)
         report = write_report(self.folder.root)
         self.console.say(f"final model: {final}\nreport: {report}")
         return final
@@ -142,7 +149,7 @@ class Run:
             clip = self.recipe.optimizer.grad_clip
             return sft_step(policy, self._optimizer(), batch, config, learning_rate=learning_rate, grad_clip=clip)
 
-        self._steps(stage, sft_steps(len(groups), config), sft_schedule(config), one)
+        self._steps(stage, sft_steps(len(groups), config), config.rates(), one)
 
     def _phase(self, stage: Stage) -> None:
         recipe, phase, prompts = self.recipe, self.recipe.phases[stage.index], self.context.prompts
@@ -156,8 +163,8 @@ class Run:
             sampler.load(self.progress.sampler)
         trainer = GrpoTrainer(
             recipe.rl, self.context.policy, self.context.reward, self._optimizer(), stage=stage.name,
-            sampling=passes.phase_sampling(phase), prompts=prompts.train, sampler=sampler, seed=recipe.run.seed,
-            grad_clip=recipe.optimizer.grad_clip, reference=self._reference(),
+            sampling=phase.sampling(), prompts=prompts.train, sampler=sampler, seed=recipe.run.seed,
+            grad_clip=recipe.optimizer.grad_clip, reference=self._reference(stage),
         )  # fmt: skip
 
         def one(step: int, learning_rate: float) -> dict[str, float]:
@@ -168,24 +175,23 @@ class Run:
             self.progress.sampler = sampler.state()
             return metrics
 
-        self._steps(stage, phase.steps, Schedule(phase.learning_rate, phase.warmup_steps, phase.schedule), one)
+        self._steps(stage, phase.steps, phase.rates(), one)
 
     def _steps(self, stage: Stage, steps: int, schedule: Schedule, one: Step) -> None:
-        """The loop that all training stages share: step, metrics line, evaluation, checkpoint, Ctrl-C."""
+        """The loop that all training stages share: evaluation where one is due, step, metrics line, checkpoint, Ctrl-C."""
         every = self.recipe.eval.every if stage.kind == "phase" and self.recipe.data.eval else 0
-        while self.progress.stage_step < steps:
-            metrics = one(self.progress.stage_step, schedule.at(self.progress.stage_step, steps))
-            self.progress.stage_step += 1
+        while (done := self.progress.stage_step) < steps:
+            if every and done and done % every == 0:  # before the step: a run killed in it comes back to it
+                passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
+            self._stop_if_interrupted()
+            metrics = one(done, schedule.at(done, steps))
+            done = self.progress.stage_step = done + 1
             self.progress.step += 1
-            done = self.progress.stage_step
             self.folder.add_metrics({"stage": stage.name, "step": self.progress.step, "stage_step": done, **metrics})
             self.console.metrics(stage.name, done, steps, metrics)
-            if done < steps and (self.interrupted or done % self.recipe.run.save_every == 0):
+            due = done % self.recipe.run.save_every == 0 or (every and done % every == 0)
+            if done < steps and (due or self.interrupted):
                 self._save()
-            if every and done % every == 0 and done < steps:
-                passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
-            if done < steps:
-                self._stop_if_interrupted()
 
     def _eval(self, stage: Stage) -> None:
         passes.evaluation(self.context, stage.name, self.progress.step)
@@ -224,23 +230,26 @@ class Run:
                 f"no checkpoint of step {self.progress.step}: {error}; last good one: {good}; training goes on"
             )
 
-    def _reference(self) -> Policy | None:
+    def _reference(self, stage: Stage) -> Policy | None:
         """The policy as it was when RL began, loaded from the run folder; None while the KL term has no weight."""
         if not self.recipe.rl.kl_weight:
             return None
         folder = self.folder.root / "reference"
-        if not (folder / "COMPLETE").exists():
-            save_model(self.context.policy.model, self.context.policy.tokenizer, folder)
-            (folder / "COMPLETE").touch()
+        if stage.index == 0 and self.progress.stage_step == 0:
+            state.save_plain(self.context.policy, folder)
+        elif not folder.is_dir():
+            raise ValueError(
+                f"{folder}, the model that the KL term compares with, is gone: restore it, or begin a new run"
+            )
         policy = Policy(replace(self.recipe.model, lora=None), self.recipe.generator, folder)
         policy.model.requires_grad_(False)
         return policy
 
     def _carried(self, index: int) -> list[int]:
         """Prompts that the pool of the phase before carries into this one."""
-        pool = self.folder.pool_file(phase_name(index - 1))
-        if index == 0 or not pool.exists():
+        if index == 0 or self.recipe.retrospective is None:
             return []
+        pool = self.folder.pool_file(phase_name(index - 1))
         selected = {line["prompt_id"] for line in read_lines(pool) if line["selected"]}
         return [i for i, prompt in enumerate(self.context.prompts.train) if prompt.example.id in selected]
 
@@ -273,15 +282,3 @@ class Run:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def check_window(recipe: Recipe) -> None:
-    """Raises ValueError if the model's positions end before the longest prompt with its completion does."""
-    source = model_source(recipe.model)
-    config = read_config(source, yarn=recipe.model.yarn, trust_remote_code=recipe.model.trust_remote_code)
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and recipe.window() > window:
-        raise ValueError(
-            f"the longest prompt with its completion takes {recipe.window()} tokens, but {source} has positions for "
-            f"{window}: set model.yarn = {-(-recipe.window() // window)}.0, or lower the phases' limits"
-        )

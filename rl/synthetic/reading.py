@@ -22,7 +22,7 @@ Encoder = Callable[[str], tuple[int, ...]]
 class Reading:
     """Token batch for next-token training. ids, repeated, real: [B, T]; rows are padded on the right.
 
-    repeated: tokens that an earlier statement of the same fact determines. real: tokens that are no padding.
+    repeated: tokens that earlier text determines: values of facts stated before, and what a heading announced. real: tokens that are no padding.
     """
 
     ids: torch.Tensor
@@ -30,14 +30,14 @@ class Reading:
     real: torch.Tensor
 
 
-def read_leaflets(rng: Random, encode: Encoder, pad: int, *, rows: int, length: int) -> Reading:
+def read_leaflets(rng: Random, encode: Encoder, pad: int, *, explained: float, rows: int, length: int) -> Reading:
     """Leaflets of at most `length` tokens: two to four companies, one or two figures each, stated over and over."""
     pages = []
     for _ in range(rows):
         facts = draw_facts(rng, rng.randint(2, 4), rng.randint(1, 2))
-        pieces = [piece for section in statements(facts, rng, mentions=5.0) for piece in section]
-        rng.shuffle(pieces)
-        pages.append(_mark(pieces, encode, length))
+        passages = [passage for section in statements(facts, rng, 5.0, explained) for passage in section]
+        rng.shuffle(passages)
+        pages.append(_mark([piece for passage in passages for piece in passage], encode, length))
     return _stack(pages, pad)
 
 
@@ -59,7 +59,7 @@ def _mark(pieces: list[Piece], encode: Encoder, length: int) -> tuple[list[int],
         if len(ids) + len(tokens) > length:
             break
         ids.extend(tokens)
-        repeated.extend([False] * len(tokens))
+        repeated.extend(position in piece.determined for position in range(len(tokens)))
         if piece.fact is not None:
             repeated[-2] = piece.fact in seen
             seen.add(piece.fact)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from .lexicon import (
@@ -46,11 +47,17 @@ class Facts:
 class Piece:
     """A stretch of a document: text with its leading space or line break, and the fact it states, if any.
 
-    A statement ends with its value and one closing mark, so that its last token but one is what the fact says.
+    A statement ends with its value and one closing mark, so that its last token but one is what the fact says. determined:
+    positions of other tokens that the pieces of the same passage before it settle.
     """
 
     text: str
     fact: tuple[str, str] | None = None
+    determined: tuple[int, ...] = ()
+
+
+Passage = tuple[Piece, ...]
+"""Pieces that stay together."""
 
 
 def draw_facts(rng: Random, companies: int, metrics: int) -> Facts:
@@ -82,28 +89,56 @@ def _figure_row(metric: str, company: str, value: int) -> str:
     return f"| {metric} | {company} | {value} |"
 
 
-def statements(facts: Facts, rng: Random, mentions: float) -> tuple[list[Piece], list[Piece], list[Piece]]:
-    """Statements for letter, table and notes: each fact in one section at least, in `mentions` statements on average."""
+def statements(
+    facts: Facts, rng: Random, mentions: float, explained: float
+) -> tuple[list[Passage], list[Passage], list[Passage]]:
+    """Passages of letter, table and notes: each fact in one section at least, `mentions` times on average.
+
+    explained: share of the statements in the notes that have a heading, and of the figures there that have a conclusion.
+    """
     letter, table, notes = [], [], []
     for key, value in facts.figures.items():
         sentence = Piece(" " + figure_sentence(*key, value), key)
         row = Piece("\n " + _figure_row(*key, value), key)
-        _scatter(rng, mentions, [(letter, sentence), (table, row), (notes, sentence)])
+        note = partial(_figure_note, facts, rng, explained, key, value)
+        _scatter(rng, mentions, [(letter, lambda s=sentence: (s,)), (table, lambda r=row: (r,)), (notes, note)])
     for key, company in facts.links.items():
         sentence = Piece(f" {link_phrase(*key)} {company}.", key)
-        _scatter(rng, mentions, [(letter, sentence), (notes, sentence)])
+        note = partial(_link_note, facts, rng, explained, key, company)
+        _scatter(rng, mentions, [(letter, lambda s=sentence: (s,)), (notes, note)])
     for section in (letter, table, notes):
         rng.shuffle(section)
     return letter, table, notes
 
 
-def _scatter(rng: Random, mentions: float, places: list[tuple[list[Piece], Piece]]) -> None:
+def _figure_note(facts: Facts, rng: Random, explained: float, key: tuple[str, str], value: int) -> Passage:
+    metric, company = key
+    head = _heading(facts, rng, explained, f"the {metric} of {company}")
+    body = Piece(" " + figure_sentence(metric, company, value), key, (1, 3) if head else ())
+    tail = (Piece(f" Therefore, the plan is {value}.", key),) if rng.random() < explained else ()
+    return (*head, body, *tail)
+
+
+def _link_note(facts: Facts, rng: Random, explained: float, key: tuple[str, str], company: str) -> Passage:
+    relation, linked = key
+    head = _heading(facts, rng, explained, f"{RELATIONS[relation][0]} {linked}")
+    return (*head, Piece(f" {link_phrase(relation, linked)} {company}.", key, (0, 1, 3) if head else ()))
+
+
+def _heading(facts: Facts, rng: Random, explained: float, subject: str) -> Passage:
+    """Nothing, or a heading, with or without prose between it and what it announces."""
+    if rng.random() >= explained:
+        return ()
+    return (Piece(f" Note on {subject}:"), *(_filler(facts, rng) for _ in range(rng.choice((0, 0, 1, 2)))))
+
+
+def _scatter(rng: Random, mentions: float, places: list[tuple[list[Passage], Callable[[], Passage]]]) -> None:
     """Put a fact into its places: each place once in random order, then again, until it has its share of mentions."""
     count = max(1, int(mentions + rng.random()))
     order = rng.sample(places, len(places))
     for turn in range(count):
-        section, piece = order[turn % len(order)]
-        section.append(piece)
+        section, passage = order[turn % len(order)]
+        section.append(passage())
 
 
 def _filler(facts: Facts, rng: Random) -> Piece:
@@ -112,15 +147,17 @@ def _filler(facts: Facts, rng: Random) -> Piece:
     return Piece(" " + rng.choice(FILLERS))
 
 
-def lay_out(facts: Facts, rng: Random, mentions: float, length: int, count: Callable[[str], int]) -> list[Piece] | None:
+def lay_out(
+    facts: Facts, rng: Random, mentions: float, explained: float, length: int, count: Callable[[str], int]
+) -> list[Piece] | None:
     """The pieces of a document of about `length` tokens (never more, at most a short sentence less).
 
     count: tokens of a piece. None if the facts alone leave less room than FILLER_SHARE for other prose.
     """
-    letter, table, notes = statements(facts, rng, mentions)
+    letter, table, notes = statements(facts, rng, mentions, explained)
     heads = [Piece(TITLE), *(Piece(f"\n\n{name}\n") for name in SECTIONS)]
     heads[2] = Piece(heads[2].text[:-1] + TABLE_HEAD)
-    used = sum(count(piece.text) for piece in (*heads, *letter, *table, *notes))
+    used = sum(count(piece.text) for passage in (heads, *letter, *table, *notes) for piece in passage)
     if used > (1 - FILLER_SHARE) * length:
         return None
     shortest = min(count(" " + filler) for filler in FILLERS)
@@ -129,6 +166,7 @@ def lay_out(facts: Facts, rng: Random, mentions: float, length: int, count: Call
         if used + count(piece.text) > length:
             continue
         section = rng.choice((letter, notes))
-        section.insert(rng.randint(0, len(section)), piece)
+        section.insert(rng.randint(0, len(section)), (piece,))
         used += count(piece.text)
-    return [heads[0], heads[1], *letter, heads[2], *table, heads[3], *notes]
+    sections = zip(heads[1:], (letter, table, notes), strict=True)
+    return [heads[0], *(piece for head, section in sections for passage in ((head,), *section) for piece in passage)]

@@ -18,9 +18,11 @@ from typing import Any, Protocol
 from .questions import KINDS, ask
 from .report import Facts, Piece, draw_facts, lay_out
 
-FEWEST_COMPANIES = 3
+FEWEST_COMPANIES = 2
 MOST_COMPANIES = 36
 SHORTEST = 120
+LAST_TRIES = 20
+"""How often the smallest document is drawn anew before a length is given up: mentions are random."""
 
 
 class Tokenizer(Protocol):
@@ -33,7 +35,8 @@ class Synthetic:
 
     rows: how many. kinds: question kinds, drawn evenly. shortest, longest: bounds of the document's length in tokens,
     drawn uniformly between them (a prompt is about 55 tokens longer: template and question). metrics: figures per
-    company at most. mentions: statements per fact, on average. company_tokens: a document of length n is about
+    company at most. mentions: statements per fact, on average. explained: share of the notes with a
+    heading or a conclusion. company_tokens: a document of length n is about
     n / company_tokens companies, so that longer documents hold more candidates.
     """
 
@@ -45,6 +48,7 @@ class Synthetic:
     longest: int = 200
     metrics: int = 3
     mentions: float = 1.3
+    explained: float = 0.1
     company_tokens: int = 60
 
     def __post_init__(self) -> None:
@@ -86,13 +90,16 @@ def write_rows(config: Synthetic, tokenizer: Tokenizer, path: Path) -> Path:
 
 
 def draw_document(config: Synthetic, rng: Random, count: Callable[[str], int]) -> tuple[Facts, list[Piece]]:
-    """Facts and pieces of one document of a length drawn from the configuration; fewer companies, then metrics, if they don't fit."""
+    """Facts and pieces of one document; fewer figures, then fewer companies, if they don't fit into its length."""
     length = rng.randint(config.shortest, config.longest)
-    companies = min(max(FEWEST_COMPANIES, round(length / config.company_tokens)), MOST_COMPANIES)
-    sizes = product(range(config.metrics, 0, -1), range(companies, FEWEST_COMPANIES - 1, -1))
-    for metrics, number in sizes:
+    companies = min(max(FEWEST_COMPANIES + 1, round(length / config.company_tokens)), MOST_COMPANIES)
+    sizes = sorted(
+        product(range(1, config.metrics + 1), range(FEWEST_COMPANIES, companies + 1)),
+        key=lambda size: (size[0] == 1, -size[1], -size[0]),
+    )
+    for metrics, number in sizes + LAST_TRIES * sizes[-1:]:
         facts = draw_facts(rng, number, metrics)
-        pieces = lay_out(facts, rng, config.mentions, length, count)
+        pieces = lay_out(facts, rng, config.mentions, config.explained, length, count)
         if pieces is not None:
             return facts, pieces
     raise ValueError(

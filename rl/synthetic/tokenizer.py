@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<eos>", "<pad>"
+EOS_ID, PAD_ID = 0, 1
 WORDS = r" ?\w+| ?[^\w\s]+|\n+| +"
 LONGEST_CONTEXT = 4096
 FORM = (

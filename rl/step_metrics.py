@@ -1,0 +1,44 @@
+"""What a step reports beside its loss: rewards and lengths under TRL's names, cost under verl's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .advantages import reward_spread
+from .rollouts import RolloutGroup
+from .run import Stopwatch
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Over everything sampled, trained on or not; rewards after the length penalty."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    spreads = [reward_spread(group.rewards) for group in groups]
+    lengths = [len(r.completion_ids) for r in rollouts]
+    parts = sorted({name for r in rollouts for name in r.rewards})
+    known = {name: [v for r in rollouts if (v := r.rewards.get(name)) is not None] for name in parts}
+    return {
+        "reward": mean_of(rewards), "reward_std": mean_of(spreads), "frac_reward_zero_std": mean_of([s == 0 for s in spreads]),
+        "completions/mean_length": mean_of(lengths), "completions/min_length": min(lengths), "completions/max_length": max(lengths),
+        "completions/clipped_ratio": mean_of([r.finish_reason == "length" for r in rollouts]),
+        "prompt_length/mean": mean_of([len(group.prompt.ids) for group in groups]),
+        "sampling/groups": len(groups), "sampling/no_verdict": len(rollouts) - len(rewards),
+        **{f"rewards/{name}/mean": mean_of(values) for name, values in known.items()},
+    }  # fmt: skip
+
+
+def cost(groups: Sequence[RolloutGroup], watch: Stopwatch, device: torch.device) -> dict[str, float]:
+    """Throughput counts each prompt once and every completion token."""
+    tokens = sum(len(g.prompt.ids) + sum(len(r.completion_ids) for r in g.rollouts) for g in groups)
+    memory = {}
+    if device.type == "cuda":
+        memory["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    throughput = tokens / watch.seconds["timing_s/step"]
+    return {"num_tokens": tokens, "perf/throughput": throughput, **memory, **watch.seconds}
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """NaN of nothing."""
+    return sum(values) / len(values) if values else float("nan")

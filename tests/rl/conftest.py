@@ -1,0 +1,145 @@
+"""A tiny policy with random weights, hand-made prompts, scripted rewards: what the tests of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from longreach.engine import Sampling, load_tokenizer
+from longreach.engine.generate import GeneratorConfig
+from longreach.engine.model import ModelConfig
+from longreach.rl.data import Example
+from longreach.rl.grpo import GrpoConfig, GrpoTrainer
+from longreach.rl.policy import Policy
+from longreach.rl.prompts import Prompt
+from longreach.rl.rewards import Scored
+from longreach.rl.rollouts import Rollout, RolloutGroup
+from longreach.rl.sampler import PromptSampler
+
+ASSETS = Path(__file__).resolve().parents[2] / "rl" / "assets"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of 60,000 parameters in the transformers layout, with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer(ASSETS / "demo-base")
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(eos, int) and isinstance(pad, int)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, tie_word_embeddings=True,
+        initializer_range=0.15,  # far from a uniform distribution, so that every term of a loss has a gradient
+        eos_token_id=eos, pad_token_id=pad,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_policy(tiny_dir: Path) -> Callable[..., Policy]:
+    """A fresh policy with the same weights each time; keywords are `ModelConfig`'s, and `batch_tokens`."""
+
+    def make(*, batch_tokens: int = 1 << 20, **model: Any) -> Policy:
+        torch.manual_seed(0)
+        return Policy(ModelConfig(**{"path": str(tiny_dir), "device": "cpu", **model}), GeneratorConfig(batch_tokens))
+
+    return make
+
+
+@pytest.fixture
+def policy(make_policy: Callable[..., Policy]) -> Policy:
+    return make_policy()
+
+
+@pytest.fixture
+def make_prompts() -> Callable[..., list[Prompt]]:
+    """Prompts p0, p1, ... of the given lengths, random tokens; benchmarks alternate between "even" and "odd"."""
+
+    def make(*lengths: int) -> list[Prompt]:
+        draw = torch.Generator().manual_seed(len(lengths))
+        return [
+            Prompt(
+                Example(f"p{i}", "odd" if i % 2 else "even", ("x",), text=f"prompt {i}"),
+                tuple(torch.randint(10, 500, (length,), generator=draw).tolist()),
+            )
+            for i, length in enumerate(lengths)
+        ]
+
+    return make
+
+
+class ScriptedReward:
+    """Stands in for `Reward`: the reward of a completion is a function of its example and its place in the group."""
+
+    def __init__(self, rule: Callable[[Example, int], float | None]) -> None:
+        self.rule = rule
+        self.asked: list[str] = []
+
+    def score(self, examples: Sequence[Example], *_: Any) -> list[Scored]:
+        self.asked += [example.id for example in examples]
+        places: dict[str, int] = {}
+        scores = []
+        for example in examples:
+            place = places[example.id] = places.get(example.id, -1) + 1
+            value = self.rule(example, place)
+            scores.append(Scored(value, {"rule": value}, "scripted"))
+        return scores
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+@pytest.fixture
+def scripted() -> Callable[..., Any]:
+    return ScriptedReward
+
+
+@pytest.fixture
+def make_groups() -> Callable[..., list[RolloutGroup]]:
+    """Hand-made rollouts: `advantages[g][i]` of completion i of prompt g, None for no verdict; random tokens and lengths."""
+
+    def make(prompts: Sequence[Prompt], advantages: Sequence[Sequence[float | None]], longest: int = 7) -> Any:
+        draw = torch.Generator().manual_seed(1)
+
+        def rollout(group: int, prompt: Prompt, advantage: float | None) -> Rollout:
+            n = int(torch.randint(2, longest + 1, (), generator=draw))
+            logprobs = tuple((-3.0 - torch.rand(n, generator=draw)).tolist())
+            return Rollout(
+                stage="phase1", step=1, group=group, prompt_id=prompt.example.id, benchmark=prompt.example.benchmark,
+                prompt_length=len(prompt.ids), completion_ids=tuple(torch.randint(10, 500, (n,), generator=draw).tolist()),
+                completion="", logprobs=logprobs, kept_logmass=(-0.1,) * n, finish_reason="stop", rewards={"rule": 1.0},
+                reward=None if advantage is None else 1.0, reason="", advantage=advantage, used=True,
+            )  # fmt: skip
+
+        return [
+            RolloutGroup(prompt, tuple(rollout(g, prompt, a) for a in row))
+            for g, (prompt, row) in enumerate(zip(prompts, advantages, strict=True))
+        ]
+
+    return make
+
+
+@pytest.fixture
+def make_trainer() -> Callable[..., GrpoTrainer]:
+    """A trainer with plain SGD and no clipping of gradients, so that the change of the weights is the gradient."""
+
+    def make(
+        policy: Policy, config: GrpoConfig, prompts: Sequence[Prompt] = (), *, reward: Any = None, reference: Any = None,
+        sampling: Sampling | None = None, sampler: PromptSampler | None = None, grad_clip: float = 0.0,
+    ) -> GrpoTrainer:  # fmt: skip
+        tasks = {i: prompt.example.benchmark for i, prompt in enumerate(prompts)}
+        return GrpoTrainer(
+            config, policy, reward, torch.optim.SGD(policy.model.parameters(), lr=0.0), stage="phase1",
+            sampling=sampling or Sampling(8, temperature=0.7), prompts=prompts, seed=0, grad_clip=grad_clip, reference=reference,
+            sampler=sampler or (PromptSampler(range(len(prompts)), tasks, seed=0) if prompts else None),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    return make
