@@ -73,10 +73,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
         def partial(queries: slice, keys: slice, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
             wide = torch.promote_types(q.dtype, torch.float32)  # partial gradients are added before they are rounded
-            of_queries = (x[queries] for x in (dout, q))
-            return attention.backward(
-                *of_queries, k[keys], v[keys], out[queries], lse[:, queries], grad_dtype=wide, **arguments
-            )
+            b_dout, b_q, b_out, b_lse = dout[queries], q[queries], out[queries], lse[:, queries]
+            return attention.backward(b_dout, b_q, k[keys], v[keys], b_out, b_lse, grad_dtype=wide, **arguments)
 
         prompt, rest = slice(0, P), slice(P, None)
         with torch.autocast(q.device.type, enabled=False):  # a caller's backward may run within autocast

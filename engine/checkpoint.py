@@ -28,7 +28,7 @@ _REPLACED = ".replaced"
 
 
 def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
-    """Calls `write(folder)` on a folder aside, seals it and names it `{step:08d}`; then drops all but the newest `keep`.
+    """Calls `write(folder)` on a folder aside, seals it, names it `{step:08d}` and drops all but the newest `keep`.
 
     Raises:
         OSError: the disk is full or not writable. What was written aside is removed and older checkpoints stand.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -137,7 +138,7 @@ def load_model(
     config = read_config(path, yarn=yarn, trust_remote_code=trust_remote_code)
     refuse_config(config, path)
     with _naming(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # typed as if output_loading_info were never set
             str(path),
             config=config,
             dtype=dtype,
@@ -147,6 +148,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    model, report = loaded
     # transformers fills these with random numbers and a warning
     wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     if wrong:
@@ -168,7 +170,7 @@ def load_model(
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """transformers reports a model that can't be had in several ways, with a page of text: a user's error is one line."""
+    """transformers reports a model that can't be had in several ways, with a page of text; a user's error is a line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -158,8 +158,8 @@ def _split(index: int, group: Group, budget: int) -> list[tuple[Group, int, list
     longest = max(lengths, default=0)
     if prompt + longest > budget:
         raise ValueError(
-            f"group {index}: a prompt of {prompt} tokens with a completion of {longest} does not fit into the budget of "
-            f"{budget} tokens a row; raise the budget (micro_batch_tokens in a recipe) or lower the length limits"
+            f"group {index}: a prompt of {prompt} tokens with a completion of {longest} does not fit into the budget "
+            f"of {budget} tokens a row; raise the budget (micro_batch_tokens in a recipe) or lower the length limits"
         )
     if group.tokens <= budget:
         return [(group, index, list(range(len(lengths))))]

@@ -50,8 +50,8 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
         logits: [B, V]; uniform: [B] in [0, 1).
 
     Returns:
-        fp64 numbers. `logprobs + kept_logmass` is the full-vocabulary log-prob at `temperature`. Greedy keeps one token:
-        its log-prob is 0, and its log-mass is that at temperature 1.
+        fp64 numbers. `logprobs + kept_logmass` is the full-vocabulary log-prob at `temperature`. Greedy keeps one
+        token: its log-prob is 0, and its log-mass is that at temperature 1.
     """
     if sampling.temperature == 0.0:
         tokens = logits.argmax(-1)
@@ -66,8 +66,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
     if sampling.top_k:
         ranked, order = ranked[:, : sampling.top_k], order[:, : sampling.top_k]
     probs = ranked.softmax(-1)
-    kept = probs.cumsum(-1) - probs < sampling.top_p
-    kept[:, 0] = True
+    kept = probs.cumsum(-1) - probs < sampling.top_p  # the first always: nothing stands before it
     kept_logmass = ranked.masked_fill(~kept, -torch.inf).logsumexp(-1)
     rank = _invert(probs * kept, uniform)[:, None]
     return Drawn(order.gather(1, rank)[:, 0], ranked.gather(1, rank)[:, 0] - kept_logmass, kept_logmass)

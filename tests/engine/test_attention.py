@@ -69,8 +69,11 @@ def test_in_bfloat16_the_error_is_rounding_alone(random_groups: Callable[..., li
     exact = with_gradients(lambda *x: naive(row, *x), *(x.double() for x in given))
     for got, wanted in zip(ours, exact, strict=True):
         assert got.dtype == torch.bfloat16
-        # out and probabilities are each rounded once (2^-9) before they enter a gradient; 4 roundings of the largest
-        assert (got.double() - wanted).abs().max() <= 4 * 2**-9 * wanted.abs().max()
+        # out and probabilities are each rounded once (2^-8) before they enter a gradient
+        assert (got.double() - wanted).abs().max() <= 2 * 2**-8 * wanted.abs().max()
+    # completions are merged from two parts before they are rounded: half a unit in the last place, and fp32's error
+    merged, exactly = ours[0][row.prompt_tokens :].double(), exact[0][row.prompt_tokens :]
+    assert ((merged - exactly).abs() <= 2**-8 * exactly.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("backend", ["auto", "blockwise"])

@@ -65,10 +65,12 @@ def test_each_completion_attends_to_its_prompt_and_itself(dtype: torch.dtype, bo
 
 
 def test_in_bfloat16_the_error_is_that_of_rounding_weights_and_result() -> None:
-    ours, exact = Played(torch.bfloat16, 5).step()
-    assert ours.dtype == torch.bfloat16
-    # scores of up to 20 rounded to bfloat16 would be off by 0.06, and the result by six times this bound
-    assert (ours.double() - exact).abs().max() <= 2 * 2**-8 * exact.abs().max()
+    played = Played(torch.bfloat16, 0)
+    steps = [played.step() for _ in range(8)]
+    assert all(ours.dtype == torch.bfloat16 for ours, _ in steps)
+    # two roundings of at most 2^-8, each 0.4 of that on average; scores of up to 20 that are rounded too would double it
+    errors = [float((ours.double() - exact).norm() / exact.norm()) for ours, exact in steps]
+    assert sum(errors) / len(errors) <= 0.75 * 2**-8
 
 
 def test_prompts_that_are_dropped_leave_the_others_as_they_were() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from longreach.engine import Sampling, load_tokenizer
 from longreach.engine.generate import GeneratorConfig
 from longreach.engine.model import ModelConfig
+from longreach.rl.config import build
 from longreach.rl.data import Example
 from longreach.rl.grpo import GrpoConfig, GrpoTrainer
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
+from longreach.rl.recipe import Recipe
 from longreach.rl.rewards import Scored
 from longreach.rl.rollouts import Rollout, RolloutGroup
 from longreach.rl.sampler import PromptSampler
@@ -43,13 +47,30 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def loaded(tiny_dir: Path) -> Callable[..., Policy]:
+    """Policies as loaded, one for each configuration: to be copied, never trained."""
+    made: dict[str, Policy] = {}
+
+    def load(batch_tokens: int, model: dict[str, Any]) -> Policy:
+        key = repr((batch_tokens, sorted(model.items())))
+        if key not in made:
+            torch.manual_seed(0)
+            config = ModelConfig(**{"path": str(tiny_dir), "device": "cpu", **model})
+            made[key] = Policy(config, GeneratorConfig(batch_tokens))
+        return made[key]
+
+    return load
+
+
 @pytest.fixture
-def make_policy(tiny_dir: Path) -> Callable[..., Policy]:
+def make_policy(loaded: Callable[..., Policy]) -> Callable[..., Policy]:
     """A fresh policy with the same weights each time; keywords are `ModelConfig`'s, and `batch_tokens`."""
 
     def make(*, batch_tokens: int = 1 << 20, **model: Any) -> Policy:
-        torch.manual_seed(0)
-        return Policy(ModelConfig(**{"path": str(tiny_dir), "device": "cpu", **model}), GeneratorConfig(batch_tokens))
+        fresh = copy.copy(loaded(batch_tokens, model))
+        fresh.model = copy.deepcopy(fresh.model)
+        return fresh
 
     return make
 
@@ -136,10 +157,83 @@ def make_trainer() -> Callable[..., GrpoTrainer]:
         sampling: Sampling | None = None, sampler: PromptSampler | None = None, grad_clip: float = 0.0,
     ) -> GrpoTrainer:  # fmt: skip
         tasks = {i: prompt.example.benchmark for i, prompt in enumerate(prompts)}
+        scored: Any = reward or ScriptedReward(lambda example, place: 1.0)
         return GrpoTrainer(
-            config, policy, reward, torch.optim.SGD(policy.model.parameters(), lr=0.0), stage="phase1",
+            config, policy, scored, torch.optim.SGD(policy.model.parameters(), lr=0.0), stage="phase1",
             sampling=sampling or Sampling(8, temperature=0.7), prompts=prompts, seed=0, grad_clip=grad_clip, reference=reference,
             sampler=sampler or (PromptSampler(range(len(prompts)), tasks, seed=0) if prompts else None),  # type: ignore[arg-type]
         )  # fmt: skip
+
+    return make
+
+
+REWARDS = '''
+import random
+
+import numpy as np
+import torch
+
+
+def uneven(completion_ids, **columns):
+    """Differs within a group, hangs on the tokens alone, and now and then gives no verdict."""
+    return [None if sum(ids) % 13 == 0 else (sum(ids) % 7) / 6 for ids in completion_ids]
+
+
+def noisy(completion_ids, **columns):
+    """Draws from every generator that belongs to nobody."""
+    return [(random.random() + float(np.random.rand()) + float(torch.rand(()))) / 3 for ids in completion_ids]
+'''
+
+
+@pytest.fixture(scope="session")
+def data_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl (12 rows, two benchmarks, growing lengths), eval.jsonl (6), sft.jsonl (8), rewards.py; `median` holds the
+    prompt length that halves the training rows."""
+    folder, tokenizer = tmp_path_factory.mktemp("data"), load_tokenizer(tiny_dir)
+    for name, count in (("train", 12), ("eval", 6), ("sft", 8)):
+        rows = [
+            {
+                "id": f"{name}-{i}", "prompt": f"{name} " * (2 + 2 * i) + "What was the revenue?", "answers": [str(i)],
+                "benchmark": "odd" if i % 3 == 0 else "even", "response": f"Therefore, the answer is {i}.", "chance": 0.25,
+            }
+            for i in range(count)
+        ]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if name == "train":
+            lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
+            assert lengths == sorted(set(lengths))
+            (folder / "median").write_text(str(lengths[5]))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture
+def make_recipe(tiny_dir: Path, data_dir: Path) -> Callable[..., Recipe]:
+    """The whole main job in a second or two: 2 steps of SFT, 2 phases of 3 steps, a difficulty pass between them.
+
+    Keywords are dotted keys with `__` for the dots: `rl__updates=2`, `phases__0__steps=1`.
+    """
+
+    def make(**keys: Any) -> Recipe:
+        phase = {"max_completion": 6, "steps": 3, "learning_rate": 1e-2}
+        values: dict[str, Any] = {
+            "name": "tiny",
+            "model": {"path": str(tiny_dir), "device": "cpu"},
+            "data": {"train": str(data_dir / "train.jsonl"), "eval": [str(data_dir / "eval.jsonl")]},
+            "sft": {"data": str(data_dir / "sft.jsonl"), "upper": 200, "batch_size": 4, "learning_rate": 1e-2},
+            "rl": {"group_size": 3, "batch_prompts": 2, "micro_batch_tokens": 600},
+            "phases": [{**phase, "upper": int((data_dir / "median").read_text())}, {**phase, "upper": 500}],
+            "retrospective": {"samples": 2, "threshold": 0.4},
+            "reward": {"rule": False, "function": f"{data_dir / 'rewards.py'}:uneven"},
+            "eval": {"max_completion": 6, "batch": 4},
+            "run": {"save_every": 2},
+        }
+        for key, value in keys.items():
+            *path, last = key.split("__")
+            at: Any = values
+            for part in path:
+                at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+            at[last] = value
+        return build(Recipe, {key: value for key, value in values.items() if value is not None})
 
     return make

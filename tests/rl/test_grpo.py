@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from longreach.engine import Sampling
 from longreach.rl.grpo import KINDS, GrpoConfig, GrpoTrainer, Minibatch
 from longreach.rl.policy import Policy
-from longreach.rl.prompts import Prompt
 from longreach.rl.rollouts import RolloutGroup, regroup
 from longreach.rl.sampler import PromptSampler
 
@@ -32,10 +32,15 @@ def groups(make_prompts: Make, make_groups: Make) -> Groups:
     return make_groups(make_prompts(*LENGTHS), ADVANTAGES)
 
 
-@pytest.fixture
-def exact(tiny_dir: Path) -> PreTrainedModel:
-    """The same weights in fp64, with transformers' own attention."""
+@pytest.fixture(scope="module")
+def exact_loaded(tiny_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float64, attn_implementation="eager")
+
+
+@pytest.fixture
+def exact(exact_loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in fp64, with transformers' own attention."""
+    return copy.deepcopy(exact_loaded)
 
 
 def logits_of(model: PreTrainedModel, prompt: Sequence[int], ids: Tensor) -> Tensor:
@@ -177,8 +182,8 @@ def test_completions_with_zero_advantage_count_but_are_not_computed(
     assert trainer.normalizer(minibatch) == 8, "a verdict of average quality counts, a missing verdict doesn't"
     computed = [s.rollout.advantage for _, samples in trainer.computed(minibatch) for s in samples]
     assert computed == [1.0, -0.5, 0.75, -0.75, 0.25, -1.5, 1.25]
-    for option in ({"kl_weight": 0.1}, {"entropy_weight": 0.1}):
-        full: GrpoTrainer = make_trainer(policy, GrpoConfig(**option), sampling=SAMPLING)
+    for config in (GrpoConfig(kl_weight=0.1), GrpoConfig(entropy_weight=0.1)):
+        full: GrpoTrainer = make_trainer(policy, config, sampling=SAMPLING)
         assert sum(len(samples) for _, samples in full.computed(minibatch)) == 8
 
 
@@ -229,14 +234,14 @@ def test_four_updates_compare_with_the_policy_before_the_step(
     kind: str, make_policy: Make, exact: PreTrainedModel, groups: Groups, make_trainer: Make
 ) -> None:
     """With a rate so large that ratios leave the clip range; on-policy ratios in each update would end elsewhere."""
-    config, rate = GrpoConfig(kind=kind, updates=4, batch_prompts=4, clip_high=0.28), 2.0
+    config, rate = GrpoConfig(kind=kind, updates=4, batch_prompts=4, clip_high=0.28), 0.3
     policy = make_policy()
     trainer: GrpoTrainer = make_trainer(policy, config, sampling=SAMPLING)
     used = [groups[0], groups[1], groups[3], groups[0]]
     start = weights(exact)
     metrics, _ = trainer.step(1, rate, used)
     sgd_steps(exact, trainer.minibatches(used), config, rate)
-    assert_close(weights(policy.model) - start, weights(exact) - start, bound=1e-4)
+    assert_close(weights(policy.model) - start, weights(exact) - start)
     assert metrics["updates"] == 4
     assert metrics["clip_ratio/region_mean"] > 0.02
     assert metrics["ratio/mean"] != pytest.approx(1.0, abs=1e-3)
@@ -443,7 +448,8 @@ def test_dynamic_sampling_looks_at_rewards_before_the_penalty(
     same = replace(
         groups[1],
         rollouts=tuple(
-            replace(r, completion_ids=(9,) * n, reward=1.0) for r, n in zip(groups[1].rollouts, (3, 6, 8), strict=True)
+            replace(r, completion_ids=(9,) * n, reward=1.0, used=False)
+            for r, n in zip(groups[1].rollouts, (3, 6, 8), strict=True)
         ),
     )
     (made,) = make_trainer(policy, config, sampling=SAMPLING).advantages([same])
