@@ -24,6 +24,8 @@ from torch import Tensor
 
 MANIFEST = "COMPLETE.json"
 _ASIDE = ".writing-"
+UNFINISHED = ".unfinished"
+"""Ending of a file that is being written: a kill can leave one, and no pattern for finished files matches it."""
 _REPLACED = ".replaced"
 
 
@@ -123,7 +125,7 @@ def _sync(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """A text file that is either the old one or the new one, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{_ASIDE}{path.name}")
+    aside = path.with_name(f"{path.name}{UNFINISHED}")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

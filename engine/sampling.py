@@ -52,13 +52,18 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
     Returns:
         fp64 numbers. `logprobs + kept_logmass` is the full-vocabulary log-prob at `temperature`. Greedy keeps one
         token: its log-prob is 0, and its log-mass is that at temperature 1.
+
+    Raises:
+        FloatingPointError: a row of logits has NaN or +inf.
     """
+    uniform = uniform.to(logits.device)
+    logp = (logits.double() / (sampling.temperature or 1.0)).log_softmax(-1)
+    if bool(torch.isnan(logp[:, 0]).any()):  # such a row is NaN throughout
+        raise FloatingPointError("the model's logits aren't finite: its weights or its precision have gone wrong")
     if sampling.temperature == 0.0:
         tokens = logits.argmax(-1)
-        logp = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return Drawn(tokens, torch.zeros_like(logp), logp)
-    uniform = uniform.to(logits.device)
-    logp = (logits.double() / sampling.temperature).log_softmax(-1)
+        logmass = logp.gather(1, tokens[:, None])[:, 0]
+        return Drawn(tokens, torch.zeros_like(logmass), logmass)
     if sampling.top_k == 0 and sampling.top_p == 1.0:
         tokens = _invert(logp.exp(), uniform)
         return Drawn(tokens, logp.gather(1, tokens[:, None])[:, 0], torch.zeros_like(logp[:, 0]))
@@ -73,9 +78,9 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Index where the cumulative weight passes `uniform` of the total, never of weight zero. [B, V], [B] -> [B]."""
+    """Index where the cumulative weight passes `uniform` of the total: never one of weight zero. [B, V], [B] -> [B].
+
+    In fp64 the product of the total and a number below 1 is below the total, so there always is such an index.
+    """
     cumulative = weights.cumsum(-1)
-    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    # rounding may push the target up to the total: the last index whose weight is positive
-    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(index, last)
+    return torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]

@@ -127,10 +127,9 @@ def policy_loss(
 
     Options of every kind: `kl_weight` with `kl` k1, k2 or k3 (needs ref_logp), `entropy_weight` (a bonus, needs
     entropy), `importance_cap` (truncated importance sampling, weight min(exp(old - rollout), cap) without gradient,
-    needs rollout_logp); of the clipped kinds `clip_low`, `clip_high`. Metrics, weighted by `keep`: clip_ratio/low_mean,
-    high_mean and region_mean, ratio/mean, and where their input is given entropy, kl (estimator `kl`) and
-    sampling/importance_sampling_ratio/mean (after the cap). Raises ValueError for unknown kinds and options (naming the
-    nearest), missing inputs, shapes that don't fit, ids that fall, and numbers out of range.
+    needs rollout_logp); of the clipped kinds `clip_low`, `clip_high`. Metrics, weighted by `keep`: clip_ratio/*,
+    ratio/mean, and where their input is given entropy, kl and sampling/importance_sampling_ratio/mean (capped). Raises
+    ValueError for unknown kinds and options, missing inputs, shapes that don't fit, ids that fall, bad numbers.
     """
     spec, settings = _settings(kind, options)
     extras = {"entropy": entropy, "rollout_logp": rollout_logp, "ref_logp": ref_logp, "keep": keep}
@@ -149,10 +148,9 @@ def policy_loss(
     loss_tokens = -spec.objective(tokens, settings)
     metrics = _ratio_metrics(tokens, settings, weight)
     if rollout_logp is not None:
-        importance = _clamp(old - only_kept(rollout_logp.detach())).exp()
-        if settings["importance_cap"] is not None:
-            importance = importance.clamp(max=settings["importance_cap"])
-            loss_tokens = loss_tokens * importance
+        cap = settings["importance_cap"]
+        importance = _clamp(old - only_kept(rollout_logp.detach())).exp().clamp(max=cap or torch.inf)
+        loss_tokens = loss_tokens * importance if cap else loss_tokens
         metrics["sampling/importance_sampling_ratio/mean"] = _mean(importance, weight)
     if ref_logp is not None:
         kl = KL_ESTIMATORS[settings["kl"]](_clamp(only_kept(ref_logp.detach()) - logp))

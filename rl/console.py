@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 _SHOWN = (
     ("loss", "loss", "{:.3f}"),
@@ -23,6 +24,7 @@ _SHOWN = (
     ("timing_s/step", "s", "{:.2f}"),
 )
 _PLAIN_EVERY_S = 15.0
+_BAR_AFTER_S = 2.0
 
 
 class Advance(Protocol):
@@ -56,16 +58,7 @@ class Console:
     def progress(self, what: str, total: int) -> Iterator[Advance]:
         """A bar on a terminal; elsewhere a plain line every quarter of a minute, so logs stay short and alive."""
         if self._rich.is_terminal and not self._quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self._rich, transient=True) as bar:
-                task = bar.add_task(what, total=total)
-                yield lambda count=1: bar.advance(task, count)
+            yield from self._bar(what, total)
             return
         state = {"done": 0, "said": time.monotonic()}
 
@@ -76,3 +69,48 @@ class Console:
                 self.say(f"{what}: {state['done']}/{total}")
 
         yield advance
+
+    def _bar(self, what: str, total: int) -> Iterator[Advance]:
+        """Appears only when the thing turns out to be long, so that short steps don't flicker."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        bar, begun = Progress(*columns, console=self._rich, transient=True), time.monotonic()
+        task = bar.add_task(what, total=total)
+
+        def advance(count: int = 1) -> None:
+            bar.advance(task, count)
+            if not bar.live.is_started and time.monotonic() - begun > _BAR_AFTER_S:
+                bar.start()
+
+        try:
+            yield advance
+        finally:
+            bar.stop()
+
+    def accuracies(self, summary: Mapping[str, Any]) -> None:
+        """The headline table: a row a stage, a column a length bucket, and what guessing would give."""
+        stages = summary["stages"]
+        table = Table(title="accuracy on held-out questions, by tokens of the prompt", title_justify="left")
+        table.add_column("stage")
+        for bucket in stages[0]["buckets"] if stages else []:
+            table.add_column(
+                f"<= {bucket['upper']} (n = {bucket['n']})" if bucket["upper"] else "above", justify="right"
+            )
+        for stage in stages:
+            table.add_row(stage["name"], *(_plus_minus(bucket) for bucket in stage["buckets"]))
+        if not self._quiet and stages:
+            self._rich.print(table)
+            if summary["chance"] is not None:
+                self.say(f"chance: {100 * summary['chance']:.1f} %")
+
+
+def _plus_minus(bucket: Mapping[str, Any]) -> str:
+    if bucket["accuracy"] is None:
+        return "-"
+    spread = "" if bucket["stderr"] is None else f" ± {100 * bucket['stderr']:.1f}"
+    return f"{100 * bucket['accuracy']:.1f}{spread} %"

@@ -22,6 +22,7 @@ from ..kernels import Mean, policy_loss
 from ..kernels.policy_loss import KL_ESTIMATORS
 from .advantages import SCALES, group_advantages, overlong_penalty, reward_spread
 from .config import nearest
+from .console import Console
 from .policy import Policy
 from .prompts import Prompt
 from .rewards import Reward
@@ -112,11 +113,12 @@ class GrpoTrainer:
     def __init__(
         self, config: GrpoConfig, policy: Policy, reward: Reward, optimizer: torch.optim.Optimizer, *, stage: str,
         sampling: Sampling, prompts: Sequence[Prompt], sampler: PromptSampler, seed: int, grad_clip: float,
-        reference: Policy | None = None,
+        reference: Policy | None = None, console: Console | None = None,
     ) -> None:  # fmt: skip
         self.config, self.policy, self.reward, self.optimizer = config, policy, reward, optimizer
         self.stage, self.sampling, self.prompts, self.sampler = stage, sampling, prompts, sampler
         self.seed, self.grad_clip, self.reference = seed, grad_clip, reference
+        self.console = console or Console(quiet=True)
 
     def step(
         self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None
@@ -140,11 +142,12 @@ class GrpoTrainer:
         for batch in range(config.max_batches if config.dynamic_sampling else 1):
             drawn = self.sampler.take(config.batch_prompts)
             chosen += drawn
-            groups += roll_out(
-                self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
-                seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
-                first_group=len(groups), watch=watch,
-            )  # fmt: skip
+            with self.console.progress(f"{self.stage}: sampling", config.batch_prompts * config.group_size) as advance:
+                groups += roll_out(
+                    self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
+                    seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
+                    first_group=len(groups), watch=watch, on_done=advance,
+                )  # fmt: skip
             if len(_differing(groups)) >= config.batch_prompts:
                 break
         if config.dynamic_sampling:

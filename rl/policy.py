@@ -5,7 +5,7 @@ Another generator (a serving engine) replaces `sample` and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .config import nearest
 from .prompts import Prompt
 
 SHIPPED = "shipped:"
+OnDone = Callable[[int], object]
 
 
 def model_source(config: ModelConfig) -> str:
@@ -64,9 +65,17 @@ class Policy:
             return completion_logprobs(self.model, groups, temperature=temperature)
 
     def sample(
-        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
+        on_done: OnDone = lambda count: None,
     ) -> list[list[Completion]]:
-        """G completions of each prompt; the same call on the same weights gives the same completions."""
+        """G completions of each prompt; the same call on the same weights gives the same completions.
+
+        `on_done` is told how many completions have just ended.
+        """
         ids = [torch.tensor(prompt.ids) for prompt in prompts]
         with self.precision():
             return generate(
@@ -77,6 +86,7 @@ class Policy:
                 stop_ids=self.stop_ids,
                 seed=seed,
                 batch_tokens=self.generator.batch_tokens,
+                on_done=on_done,
             )
 
     def text(self, completion: Completion) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine import Sampling
-from .policy import Policy
+from .policy import OnDone, Policy
 from .prompts import Prompt, render
 from .rewards import Reward
 from .run import Stopwatch
@@ -85,11 +85,12 @@ def roll_out(
     step: int,
     first_group: int = 0,
     watch: Stopwatch | None = None,
+    on_done: OnDone = lambda count: None,
 ) -> list[RolloutGroup]:
     """Samples and scores G completions of each prompt. Training, the difficulty pass and evaluation all call this."""
     watch = watch or Stopwatch()
     with watch("gen"):
-        sampled = policy.sample(prompts, group_size, sampling, seed)
+        sampled = policy.sample(prompts, group_size, sampling, seed, on_done)
     flat = [(prompt, completion) for prompt, group in zip(prompts, sampled, strict=True) for completion in group]
     texts = [policy.text(completion) for _, completion in flat]
     with watch("reward"):

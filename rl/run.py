@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..engine.checkpoint import write_atomically
+from ..engine.checkpoint import UNFINISHED, write_atomically
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class RunFolder:
 
     def rewind(self, step: int, unfinished: Collection[str]) -> None:
         """Cuts off metrics, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
+        for left in self.root.rglob(f"*{UNFINISHED}"):
+            left.unlink()
         if self.metrics_file.exists():
             kept = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
             write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))

@@ -6,6 +6,7 @@ finished batches in files. Killed at any moment, `train` on the same folder goes
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -129,6 +130,8 @@ class Run:
         final = self.folder.root / "model"
         state.save_plain(self.context.policy, final)
         report = write_report(self.folder.root)
+        if any(stage.kind == "eval" for stage in stages):
+            self.console.accuracies(json.loads((self.folder.root / "summary.json").read_text()))
         self.console.say(f"final model: {final}\nreport: {report}")
         return final
 
@@ -164,7 +167,7 @@ class Run:
         trainer = GrpoTrainer(
             recipe.rl, self.context.policy, self.context.reward, self._optimizer(), stage=stage.name,
             sampling=phase.sampling(), prompts=prompts.train, sampler=sampler, seed=recipe.run.seed,
-            grad_clip=recipe.optimizer.grad_clip, reference=self._reference(stage),
+            grad_clip=recipe.optimizer.grad_clip, reference=self._reference(stage), console=self.console,
         )  # fmt: skip
 
         def one(step: int, learning_rate: float) -> dict[str, float]:

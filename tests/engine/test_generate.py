@@ -61,6 +61,18 @@ def test_a_stop_token_as_the_last_allowed_token_is_a_stop(load: Callable[..., An
     short = Sampling(last + 1, temperature=0.0)
     ((made,),) = generate(model, prompts, 1, short, stop_ids=[free.ids[last]], seed=0)
     assert (made.ids, made.finish_reason) == (free.ids[: last + 1], "stop")
+    ((cut,),) = generate(model, prompts, 1, short, stop_ids=[], seed=0)
+    assert (cut.ids, cut.finish_reason) == (free.ids[: last + 1], "length")
+
+
+@pytest.mark.parametrize("budget", [40, 45, 80, 1000])
+def test_batches_hold_every_prompt_once_and_keep_the_budget(budget: int) -> None:
+    lengths = [7, 30, 1, 12, 12, 9, 20, 2]
+    batches = generator._batches(lengths, 10, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    costs = [len(batch) * (max(lengths[i] for i in batch) + 10) for batch in batches]
+    assert max(costs) <= budget
+    assert len(batches) == {40: 6, 45: 5, 80: 3, 1000: 1}[budget]
 
 
 SAMPLING = Sampling(12, temperature=1.3, top_k=20, top_p=0.9)

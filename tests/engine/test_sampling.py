@@ -95,11 +95,20 @@ def test_rows_are_independent_of_each_other() -> None:
 @pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, top_p=0.999999)])
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_impossible_tokens_are_never_drawn(uniform: float, sampling: Sampling) -> None:
-    logits = torch.full((1, V), -torch.inf)
-    logits[0, 3:6] = torch.tensor([0.1, 0.3, 0.2])
-    drawn = sample(logits, sampling, torch.tensor([uniform], dtype=torch.float64))
-    assert int(drawn.tokens) in (3, 4, 5)
+    logits = torch.full((200, V), -torch.inf)
+    logits[:, 3:6] = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) * 3
+    drawn = sample(logits, sampling, torch.full((200,), uniform, dtype=torch.float64))
+    assert set(drawn.tokens.tolist()) <= {3, 4, 5}
     assert torch.isfinite(drawn.logprobs).all() and torch.isfinite(drawn.kept_logmass).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(1, temperature=0.0), Sampling(1), Sampling(1, top_p=0.9)])
+def test_logits_that_are_not_finite_are_an_error_and_no_token(bad: float, sampling: Sampling) -> None:
+    logits = torch.zeros(3, V)
+    logits[1, 7] = bad
+    with pytest.raises(FloatingPointError, match="logits aren't finite"):
+        sample(logits, sampling, torch.full((3,), 0.5))
 
 
 def test_greedy_takes_the_first_of_the_most_probable() -> None:
