@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             allow_abbrev=False,
-            epilog="Any recipe key can be given as --section.key VALUE, for example --rl.group-size 4.",
+            epilog="Any recipe key can be given as --section.key VALUE, for example --run.seed 4.",
         )
         command.add_argument("recipe", help=f"a .toml file or one of: {recipes}")
         command.add_argument(

@@ -72,7 +72,8 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{self.root} is a file: give another --run-dir")
         # What begins with a dot may be ours, from a process killed before the recipe was written.
-        if self.root.exists() and not kept.exists() and any(p.name[0] != "." for p in self.root.iterdir()):
+        ours = (".lock", f"{kept.name}{UNFINISHED}")  # a kill before the recipe was written leaves these
+        if self.root.exists() and not kept.exists() and any(p.name not in ours for p in self.root.iterdir()):
             raise ValueError(f"{self.root} is not empty and not a run folder: give another --run-dir")
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = (self.root / ".lock").open("w")

@@ -92,10 +92,19 @@ def test_what_a_real_kill_leaves_is_passed_over_and_cleared(tmp_path: Path) -> N
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 4, writing(1), keep=1)
-    save_checkpoint(tmp_path, 4, writing(2), keep=1)
-    assert names(tmp_path) == ["00000004"]
+    for step, value in ((3, 0), (4, 1), (4, 2)):
+        save_checkpoint(tmp_path, step, writing(value), keep=2)
+    assert names(tmp_path) == ["00000003", "00000004"]  # the older one isn't pushed out by a second copy
     assert value_of(latest_checkpoint(tmp_path, quiet)) == 2
+
+
+def test_of_a_step_and_the_one_it_replaced_the_new_one_counts(tmp_path: Path) -> None:
+    """A kill after both renames, before the old folder is gone."""
+    save_checkpoint(tmp_path, 4, writing(1)).rename(tmp_path / "00000004.replaced")
+    newest, said = save_checkpoint(tmp_path / "aside", 4, writing(2)).rename(tmp_path / "00000004"), []
+    assert latest_checkpoint(tmp_path, quiet) == newest
+    flip(newest / "state.json")
+    assert value_of(latest_checkpoint(tmp_path, said.append)) == 1 and said
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])

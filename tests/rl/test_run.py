@@ -62,7 +62,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_folder_whose_first_process_died_before_the_recipe_stood_is_taken(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
-    (tmp_path / ".writing-recipe.toml").write_text("se")
+    (tmp_path / "recipe.toml.unfinished").write_text("se")
     made = RunFolder(tmp_path)
     made.open("seed = 0\n")
     made.close()
