@@ -42,10 +42,7 @@ def refuse_config(config: PreTrainedConfig, path: str | Path) -> None:
 
 def refuse_model(model: PreTrainedModel, path: str | Path) -> None:
     """Raises ValueError for what only the loaded model shows."""
-    try:
-        model_head(model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    model_head(model)
     dropping = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     if dropping:
         raise ValueError(

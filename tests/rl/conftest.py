@@ -42,7 +42,13 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.15,  # far from a uniform distribution, so that every term of a loss has a gradient
         eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [
+        eos,
+        *range(7, len(tokenizer), 8),
+    ]  # one token in eight, so that lengths differ
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -233,7 +239,7 @@ def make_recipe(tiny_dir: Path, data_dir: Path) -> Callable[..., Recipe]:
             at: Any = values
             for part in path:
                 at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
-            at[last] = value
+            at[last] = copy.deepcopy(value)  # a later key may reach into it
         return build(Recipe, {key: value for key, value in values.items() if value is not None})
 
     return make

@@ -13,7 +13,7 @@ import pytest
 
 from longreach.engine import Completion, Sampling
 from longreach.rl.evaluate import EvalConfig, evaluate, summarize
-from longreach.rl.policy import Policy
+from longreach.rl.policy import OnDone, Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.run import BatchLog
 
@@ -37,7 +37,7 @@ class StubPolicy:
         self.tokenizer = tokenizer
         self.calls: list[tuple[list[str], int, Sampling, int]] = []
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int) -> Any:
+    def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone) -> Any:
         self.calls.append(([p.example.id for p in prompts], group_size, sampling, seed))
         return [
             [Completion((len(p.ids), i), (-1.0, -1.0), (0.0, 0.0), "stop") for i in range(group_size)] for p in prompts

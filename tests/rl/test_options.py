@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,13 @@ def digest(model: torch.nn.Module) -> str:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every call of `Policy.logprobs` and `Policy.sample`."""
     made: list[str] = []
-    for name in ("logprobs", "sample"):
 
-        def counted(*arguments: Any, original: Any = getattr(Policy, name), name: str = name) -> Any:
-            made.append(name)
-            return original(*arguments)
+    def count(name: str) -> None:
+        original = getattr(Policy, name)
+        monkeypatch.setattr(Policy, name, lambda *arguments: (made.append(name), original(*arguments))[1])
 
-        monkeypatch.setattr(Policy, name, counted)
+    count("logprobs")
+    count("sample")
     return made
 
 
@@ -74,10 +74,10 @@ DYNAMIC = {"dynamic_sampling": True}
 STEP: dict[str, Row] = {
     "kind": ({}, {"kind": "dapo"}),
     "group_size": ({}, {"group_size": 2}),
-    "batch_prompts": ({}, {"batch_prompts": 2}),
+    "batch_prompts": ({}, {"batch_prompts": 8}),
     "updates": ({}, {"updates": 1}),
     "clip_low": ({}, {"clip_low": 0.0}),
-    "clip_high": ({}, {"clip_high": 0.0}),
+    "clip_high": ({"updates": 4}, {"clip_high": 0.0}),
     "kl_weight": ({}, KL),
     "kl": (KL, {"kl": "k1"}),
     "entropy_weight": ({}, {"entropy_weight": 0.1}),
@@ -125,7 +125,8 @@ def test_every_key_of_the_rl_step_has_a_row() -> None:
 # Whole runs
 
 BRIEF: dict[str, Any] = {
-    "sft": None, "data__eval": [], "phases__0__steps": 2, "phases__1__steps": 1, "run__save_every": 1, "retrospective": None,
+    "sft": None, "data__eval": [], "phases__0__steps": 2, "phases__1__steps": 1, "run__save_every": 1,
+    "run__keep_checkpoints": 9, "retrospective": None,
 }  # fmt: skip
 WARM = {"sft__batch_size": 3, "data__eval": [], "phases": [], "retrospective": None}
 POOL = {"retrospective": {"samples": 2, "threshold": 0.4}}
@@ -165,7 +166,7 @@ RUNS: dict[type, dict[str, Row]] = {
         "batch_size": (WARM, {"sft__batch_size": 4}),
         "warmup_steps": (WARM, {"sft__warmup_steps": 2}),
         "schedule": (WARM, {"sft__schedule": "cosine"}),
-        "micro_batch_tokens": (WARM, {"sft__micro_batch_tokens": 200, "sft__upper": 199}),
+        "micro_batch_tokens": ({**WARM, "sft__upper": 100}, {"sft__micro_batch_tokens": 100}),
     },
     OptimizerConfig: {
         "weight_decay": (WARM, {"optimizer__weight_decay": 1.0}),
@@ -182,9 +183,11 @@ RUNS: dict[type, dict[str, Row]] = {
 
 
 @pytest.fixture
-def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str]) -> Iterator[Make]:
-    """Everything that a run leaves behind but measured times."""
+def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Everything that a run leaves behind but measured times, and the threads it asked for (two would fight for this core)."""
     seen: dict[str, Any] = {}
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
 
     def run(**keys: Any) -> Any:
         if (key := repr(keys)) in seen:
@@ -198,6 +201,7 @@ def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str]) -> 
             keys["sft__data"] = str(tmp_path / "first.jsonl")
         run_dir = tmp_path / str(len(seen))
         calls.clear()
+        threads.clear()
         train(make_recipe(**keys), run_dir, console=Console(quiet=True))
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         shown = [{k: v for k, v in line.items() if not k.startswith(("timing_s/", "perf/"))} for line in lines]
@@ -207,12 +211,10 @@ def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str]) -> 
             for path in (run_dir / name).rglob("*.*")
         }
         checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-        seen[key] = (json.dumps(shown), files, checkpoints, len(calls), torch.get_num_threads())
+        seen[key] = (json.dumps(shown), files, checkpoints, len(calls), list(threads))
         return seen[key]
 
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.mark.parametrize("cls", RUNS, ids=lambda cls: cls.__name__)

@@ -157,7 +157,7 @@ TWO = [PHASE, {**PHASE, "upper": 200, "max_completion": 50}]
         ({"phases": [PHASE, {**TWO[1], "temperature": 0.0}]}, "phases.1: temperature = 0: greedy"),
         ({"phases": [PHASE, {**TWO[1], "temperature": -1.0}]}, "phases.1: temperature must be"),
         ({"phases": [PHASE, {**TWO[1], "schedule": "cosin"}]}, "phases.1: schedule 'cosin' is not one of"),
-        ({"phases": [PHASE, {**TWO[1], "learning_rate": 0.0}]}, "phases.1: learning_rate must be positive"),
+        ({"phases": [PHASE, {**TWO[1], "learning_rate": 0.0}]}, "phases.1: learning_rate must be a positive number"),
         ({"phases": [PHASE, {**TWO[1], "warmup_steps": 2}]}, "phases.1: warmup_steps must lie in 0..steps = 1, not 2"),
         ({"phases": [{**PHASE, "top_p": 0.0}]}, "phases.0: top_p must lie in (0, 1], not 0.0"),
         ({"phases": [{**PHASE, "top_k": -1}]}, "phases.0: top_k must be 0 (off) or positive"),
