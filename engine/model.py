@@ -171,6 +171,8 @@ def load_model(
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """transformers reports a model that can't be had in several ways, with a page of text; a user's error is a line."""
+    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ValueError(f"there is no model folder {path!s}: give the folder of a model, or its name on the hub")
     try:
         yield
     except (OSError, SafetensorError) as error:
