@@ -89,7 +89,11 @@ def test_help(arguments: tuple[str, ...], longreach: Any) -> None:
 def test_a_dry_run_prints_everything_and_writes_nothing(
     longreach: Any, recipe_file: Any, make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, bound = recipe_file(rl__kl_weight=0.5), make_recipe().phases[0].upper
+    synthetic = {"eval": {"rows": 3, "split": "eval", "shortest": 140, "longest": 150}}
+    recipe = recipe_file(
+        rl__kl_weight=0.5, synthetic=synthetic, data__eval=["synthetic:eval"], data__skip_bad_rows=True
+    )
+    bound = make_recipe().phases[0].upper
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     status, out, err = longreach(
@@ -102,7 +106,7 @@ def test_a_dry_run_prints_everything_and_writes_nothing(
     assert list(lines) == ["sft", f"phase1 (0, {bound}]", f"phase2 ({bound}, 500]", "beyond the last phase", "eval"]
     first = lines[f"phase1 (0, {bound}]"]
     assert first.startswith("prompts 6, min ") and f"max {bound}, truncated 0" in first
-    assert lines["sft"].startswith("prompts 8,") and lines["eval"].startswith("prompts 6,")
+    assert lines["sft"].startswith("prompts 8,") and lines["eval"].startswith("prompts 3,")
     assert lines["beyond the last phase"] == "prompts 0"
 
 

@@ -62,11 +62,13 @@ def questions(make_prompts: Make) -> list[Prompt]:
 def run(policy: Policy, questions: list[Prompt], scripted: Make) -> Make:
     """`evaluate` with the scripted scores; gives summary, rows and the stub."""
 
-    def evaluated(config: EvalConfig, *, log: BatchLog | None = None, on_batch: Any = lambda count: None) -> Any:
+    def evaluated(
+        config: EvalConfig, *, name: str = "phase1", log: BatchLog | None = None, on_batch: Any = lambda count: None
+    ) -> Any:
         stub: Any = StubPolicy(policy.tokenizer)
         reward = scripted(lambda example, place: QUESTIONS[int(example.id[1:])][3][place])
         made = evaluate(
-            stub, reward, questions, config, bounds=BOUNDS, seed=3, name="phase1", step=12, log=log, on_batch=on_batch
+            stub, reward, questions, config, bounds=BOUNDS, seed=3, name=name, step=12, log=log, on_batch=on_batch
         )  # fmt: skip
         return *made, stub
 
@@ -145,7 +147,9 @@ def test_questions_are_sampled_in_batches_with_the_settings(run: Make) -> None:
     assert seen == [4, 2]
     seeds = [seed for *_, seed in stub.calls]
     assert len(set(seeds)) == 2
-    assert [seed for *_, seed in run(config)[2].calls] == seeds, "every stage of a run draws the same random numbers"
+    assert [seed for *_, seed in run(config, name="sft")[2].calls] == seeds, (
+        "every stage of a run draws the same random numbers"
+    )
 
 
 class Killed(Exception):

@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from longreach.engine import Group
+from longreach.engine.optimizer import make_optimizer
+from longreach.rl import train
+from longreach.rl.console import Console
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
+from longreach.rl.recipe import Recipe
 from longreach.rl.sft import SftConfig, sft_batch, sft_examples, sft_step, sft_steps
+from longreach.rl.sources import read_prompts
 
 CONFIG = SftConfig(data="d", upper=64, learning_rate=1.0, batch_size=5)
 
@@ -118,3 +124,22 @@ def test_rows_over_the_bound_are_left_out_and_counted(
 def test_the_schedule_is_the_configs() -> None:
     rates = replace(CONFIG, warmup_steps=4, schedule="cosine").rates()
     assert [round(rates.at(i, 8), 3) for i in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.854, 0.5, 0.146]
+
+
+def test_the_stage_is_these_steps_with_one_optimizer(
+    make_recipe: Callable[..., Recipe], make_policy: Any, tmp_path: Path
+) -> None:
+    recipe = make_recipe(data__eval=[], phases=[], retrospective=None, sft__epochs=2)
+    final = train(recipe, tmp_path / "run", console=Console(quiet=True))
+    config, policy = recipe.sft, make_policy()
+    assert config is not None
+    prompts = read_prompts(recipe, policy.tokenizer, None, Console(quiet=True)).sft
+    groups, _ = sft_examples(policy, prompts, config.upper)
+    optimizer = make_optimizer(policy.model, recipe.optimizer)
+    for i in range(4):
+        batch = sft_batch(groups, config, recipe.run.seed, i)
+        sft_step(policy, optimizer, batch, config, learning_rate=1e-2, grad_clip=recipe.optimizer.grad_clip)
+    saved = load_file(final / "model.safetensors")
+    made = dict(policy.model.named_parameters())
+    assert saved.keys() <= made.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in saved.items())

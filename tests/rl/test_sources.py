@@ -170,9 +170,12 @@ def test_the_window_of_training_is_checked_from_the_recipe_alone(make_recipe: Ma
 def test_the_fingerprint_sees_everything_that_training_reads(
     change: dict[str, Any], make_recipe: Make, read: Any, tmp_path: Path
 ) -> None:
-    sources = [write(tmp_path / f"{i}.jsonl", [{**row("a"), **extra}]) for i, extra in enumerate(({}, change))]
+    sources = []
+    for name, extra in (("before", {}), ("after", change), ("again", {})):
+        (tmp_path / name).mkdir()
+        sources.append(write(tmp_path / name / "rows.jsonl", [{**row("a"), **extra}]))
     made = [
         fingerprint(read(make_recipe(data__train=s, phases=[{**vars(make_recipe().phases[1])}], retrospective=None))[0])
         for s in sources
     ]
-    assert made[0] != made[1]
+    assert made[0] == made[2] != made[1]

@@ -30,14 +30,14 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "lora": {"model__lora": {"rank": 4, "alpha": 8.0}, "rl__kl_weight": 0.05},
     "dapo": {
         "rl__kind": "dapo", "rl__dynamic_sampling": True, "rl__overlong_buffer": 3, "rl__balanced_tasks": True,
-        "rl__scale": "task", "rl__entropy_weight": 0.01, "rl__importance_cap": 2.0, "rl__max_batches": 3,
+        "model__yarn": 2.0, "rl__scale": "task", "rl__entropy_weight": 0.01, "rl__importance_cap": 2.0, "rl__max_batches": 3,
     },
     "pool": {
         "retrospective": {"source": "records", "selection": "weighted", "size": 2, "samples": 2},
         "phases__1__schedule": "cosine", "phases__1__warmup_steps": 1,
     },
     "noise": {"run__save_every": 1, "retrospective": None},
-    "eval": {"eval__every": 2, "eval__batch": 3, "eval__base": False, "retrospective": None},
+    "eval": {"run__save_every": 9, "eval__every": 2, "eval__batch": 3, "eval__base": False, "retrospective": None},
 }  # fmt: skip
 
 
@@ -141,9 +141,9 @@ def whole(wholes: dict[str, Path], recipe_of: Make, tmp_path_factory: pytest.Tem
 def test_killed_runs_end_as_if_nothing_had_happened(
     flavour: str, recipe_of: Make, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Killed within phase 1, and on resuming within phase 2."""
+    """Killed after the fifth line, and then after four more: each time one step past a checkpoint within a phase."""
     recipe, run_dir = recipe_of(flavour), tmp_path / "run"
-    for after in (4, 4):
+    for after in (5, 4):
         with pytest.raises(Killed):
             train(recipe, run_dir, console=Watched(lines=after, do=kill))
     train(recipe, run_dir, console=Watched())
@@ -203,6 +203,11 @@ def test_a_kill_within_an_evaluation_comes_back_to_it(
         with pytest.raises(Killed):
             train(recipe, run_dir, console=Watched(what=f"evaluating {name}", do=kill))
         assert (run_dir / "evals" / f"{name}.batches.jsonl").exists()
+    train(recipe, run_dir, console=Watched())
+    left = run_dir / "evals" / "phase2.batches.jsonl"
+    left.write_text(
+        '{"batch": 0, "by": {"step": 8}, "rows": []}\n'
+    )  # killed between the result and the removal of this
     train(recipe, run_dir, console=Watched())
     assert_same(run_dir, whole("eval"))
     names = {path.stem for path in (run_dir / "evals").glob("*.json")}
@@ -301,12 +306,17 @@ def test_damaged_checkpoints_are_passed_over_and_named(
     train(recipe, run_dir, console=Watched())
     for expected in ("falling back", "starting from the beginning"):
         folders = sorted((run_dir / "checkpoints").glob("[0-9]*"))
-        for folder in folders[-1:] if expected == "falling back" else folders:
+        hurt = folders[-1:] if expected == "falling back" else folders
+        for folder in hurt:
             damaged = folder / "optimizer.json"
             damaged.write_bytes(damaged.read_bytes() + b" ")
-        console = Watched()
-        train(recipe, run_dir, console=console)
+        console = Watched(lines=1, do=kill)
+        with pytest.raises(Killed):
+            train(recipe, run_dir, console=console)
         assert any(expected in text for text in console.warnings)
+        left = sorted((run_dir / "checkpoints").glob("[0-9]*"))
+        assert left == [folder for folder in folders if folder not in hurt], "a damaged one must not outlive good ones"
+        train(recipe, run_dir, console=Watched())
         assert_same(run_dir, whole("noise"))
 
 
