@@ -89,7 +89,7 @@ def _recorded(run: Context, stage: str) -> list[RolloutGroup]:
     """The phase's own rollouts, as they were rewarded in training but without the length penalty."""
     prompts = {p.example.id: p for p in run.prompts.train}
     files = sorted((run.folder.root / "rollouts" / stage).glob("*.jsonl"))
-    return [group.without_penalty() for file in files for group in regroup(read_lines(file), prompts)]
+    return [group.bare() for file in files for group in regroup(read_lines(file), prompts)]
 
 
 def _fresh(run: Context, stage: str, members: Sequence[int], next_phase: Phase, step: int) -> list[RolloutGroup]:
@@ -110,7 +110,7 @@ def _fresh(run: Context, stage: str, members: Sequence[int], next_phase: Phase, 
                 )  # fmt: skip
                 lines = [r.dump() for group in made for r in group.rollouts]
                 log.add(number, lines)
-            groups += regroup(lines, by_id)
+            groups += [group.bare() for group in regroup(lines, by_id)]
             advance(len(prompts))
             run.check()
     return groups

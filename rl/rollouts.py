@@ -60,10 +60,14 @@ class RolloutGroup:
     def rewards(self) -> list[float | None]:
         return [rollout.reward for rollout in self.rollouts]
 
-    def without_penalty(self) -> RolloutGroup:
-        """The rewards as they were before the length penalty: what difficulty is judged by."""
+    def bare(self) -> RolloutGroup:
+        """What difficulty is judged by: rewards as they were before the length penalty, without the tokens.
+
+        A phase's completions would fill tens of gigabytes.
+        """
+        light: dict[str, Any] = {"completion_ids": (), "completion": "", "logprobs": (), "kept_logmass": ()}
         plain = (
-            replace(r, reward=None if r.reward is None else r.reward - (r.rewards.get("overlong") or 0.0))
+            replace(r, reward=None if r.reward is None else r.reward - (r.rewards.get("overlong") or 0.0), **light)
             for r in self.rollouts
         )
         return RolloutGroup(self.prompt, tuple(plain))

@@ -71,7 +71,6 @@ class RunFolder:
         kept = self.root / "recipe.toml"
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{self.root} is a file: give another --run-dir")
-        # What begins with a dot may be ours, from a process killed before the recipe was written.
         ours = (".lock", f"{kept.name}{UNFINISHED}")  # a kill before the recipe was written leaves these
         if self.root.exists() and not kept.exists() and any(p.name not in ours for p in self.root.iterdir()):
             raise ValueError(f"{self.root} is not empty and not a run folder: give another --run-dir")
@@ -141,40 +140,62 @@ class RunFolder:
 class BatchLog:
     """Results of a long pass, batch by batch: finished batches are found again after a kill, a torn one is made anew.
 
-    `made_by` says which weights made them (the step): batches of others are not taken.
+    `made_by` says which weights made them (the step): batches of others are not taken. What is held is where each batch
+    stands in the file, since completions of 10,000 tokens fill a memory soon.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
         self.path = path
         self._made_by = dict(made_by)
-        self._done: dict[int, list[dict[str, Any]]] = {}
+        self._starts: dict[int, int] = {}
         self._torn = False
         if path.exists():
-            self._done = {line["batch"]: line["rows"] for line in read_lines(path) if line["by"] == self._made_by}
-            self._torn = not path.read_bytes().endswith(b"\n")
+            self._scan()
+
+    def _scan(self) -> None:
+        start = 0
+        with self.path.open("rb") as file:
+            for raw in file:
+                line = _parsed(raw)
+                if line is not None and line["by"] == self._made_by:
+                    self._starts[line["batch"]] = start
+                start += len(raw)
+                self._torn = not raw.endswith(b"\n")
 
     def get(self, batch: int) -> list[dict[str, Any]] | None:
-        return self._done.get(batch)
+        if batch not in self._starts:
+            return None
+        with self.path.open("rb") as file:
+            file.seek(self._starts[batch])
+            return json.loads(file.readline())["rows"]
 
     def add(self, batch: int, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"batch": batch, "by": self._made_by, "rows": rows}, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._torn else "") + line + "\n")
+        with self.path.open("ab") as file:
+            if self._torn:
+                file.write(b"\n")
+            self._starts[batch] = file.tell()
+            file.write(f"{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
         self._torn = False
-        self._done[batch] = rows
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """JSON objects of a file that a kill may have torn: lines that don't parse are the torn ones."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+    with path.open("rb") as file:
+        for raw in file:
+            line = _parsed(raw)
+            if line is not None:
+                yield line
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        return json.loads(raw)
+    except ValueError:  # also of bytes that are no UTF-8
+        return None
 
 
 def _first_difference(kept: Path, text: str) -> str:

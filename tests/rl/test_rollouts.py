@@ -90,7 +90,9 @@ def test_difficulty_is_judged_without_the_length_penalty(make_prompts: Callable[
             make_rollout(reward=1.0, rewards={"rule": 1.0}),
         ),
     )
-    assert group.without_penalty().rewards == [1.0, 0.0, None, 1.0]
+    bare = group.bare()
+    assert bare.rewards == [1.0, 0.0, None, 1.0]
+    assert all((r.completion_ids, r.logprobs, r.completion) == ((), (), "") for r in bare.rollouts), "tokens weigh"
 
 
 def test_advantages_mark_a_group_as_used(make_prompts: Callable[..., list[Prompt]]) -> None:
