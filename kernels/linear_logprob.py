@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies straight from hidden states; the logits of a row exist for one chunk at a time.
+"""Log-probabilities and entropies straight from hidden states: no [N, V] tensor, forward or backward.
 
     x = softcap(h W^T + b),  softcap(x) = c tanh(x / c),  z = x / T
     lse = log sum_j exp z_j,  logp = z_target - lse,  entropy = lse - sum_j p_j z_j,  p = exp(z - lse)
@@ -7,27 +7,32 @@
     dx = dz / T (1 - (x / c)^2),  dh = dx W,  dW = dx^T h,  db = sum dx
 
 Natural log; hidden [N, D], weight [V, D], targets [N]. 2 N D V operations forward and 6 f N D V backward (the
-recomputed scores included), f being the share of rows with a gradient: rows whose upstream gradients are all zero are
-left out. Scores and sums are fp32 (fp64 for fp64 inputs) and dW is rounded once. At most CHUNK_BYTES of scores and
-their like are alive, whatever N is; the weight is read once per chunk and pass. What it gives up: the scores cross
-memory several times, which a fused kernel avoids.
+recomputed scores included; 4 with a frozen head), f being the share of rows with a gradient: the others are left out.
+Scores and sums are fp32 (fp64 for fp64 inputs) and dW is rounded once.
+
+The backward makes dx in blocks and multiplies each twice. Which factor's gradient is summed over blocks, in fp32 beside
+the result, is chosen by size: V D sums with rows outermost, n D sums with the vocabulary outermost, none where only
+one of the two gradients is wanted. Blocks and their order are fixed, no atomics: run to run the bits are the same.
+
+Backends: `triton` (linear_logprob_triton.py: fused on NVIDIA GPUs), `chunked` (linear_logprob_torch.py: plain torch),
+`reference` (below: holds [N, V], any dtype). `auto` is triton for CUDA tensors of one half-precision or fp32 dtype,
+else chunked.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BACKENDS = ("auto", "reference", "chunked")
-CHUNK_BYTES = 64 << 20
-"""Budget of one chunk's [rows, V] buffers: large enough that the products stay efficient at 256 rows of 32K entries."""
-CHUNK_BUFFERS = 3
-"""Scores, probabilities, and in the backward of a soft-cap its slope."""
-TILE = 8192
-"""Vocabulary entries whose half-precision weights are widened at once on a CPU."""
+from . import linear_logprob_torch
+from .scores import Scores, Stats, Upstream, finish
+from .sums import Gradients, Sums, Wanted, blocks
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
 class LogProbs(NamedTuple):
@@ -38,6 +43,14 @@ class LogProbs(NamedTuple):
     lse: Tensor
 
 
+class LowRank(NamedTuple):
+    """A LoRA adapter of the head: W + scale up down, with down [r, D] and up [V, r]; never merged."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -46,19 +59,24 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    lora: LowRank | None = None,
     backend: str = "auto",
 ) -> LogProbs:
     """Log-probability of each target, entropy and lse of softmax(softcap(hidden weight^T + bias) / temperature).
 
     hidden [N, D] and weight [V, D] floating, targets [N] integers in [0, V), bias [V], temperature a float or [N] (no
-    gradient flows into it). Gradients go to hidden, weight and bias in their own dtypes. N = 0 is legal. Deterministic:
-    chunks follow one another in a fixed order. Raises ValueError for shapes that don't fit, targets outside the
-    vocabulary, temperature or softcap <= 0, an unknown backend, and a sharded (DTensor) input.
+    gradient flows into it), lora an adapter on the weight. Gradients go to hidden, weight, bias and the adapter in
+    their own dtypes. N = 0 is legal. Autocast is ignored: a head in fp32 is computed in fp32. Deterministic; the Triton
+    backend gives a row the same bits whatever other rows there are. Raises ValueError for shapes that don't fit,
+    targets outside the vocabulary, temperature or softcap <= 0, a backend that is unknown or can't take these tensors,
+    and a sharded (DTensor) input.
     """
-    _check(hidden, weight, targets, bias, temperature, softcap, backend)
-    if backend == "reference":
-        return _reference(hidden, weight, targets, bias, temperature, softcap)
-    return LogProbs(*_Chunked.apply(hidden, weight, targets, bias, temperature, softcap))
+    check(hidden, weight, targets, bias, temperature, softcap, lora)
+    if choose(backend, hidden, weight) == "reference":
+        return _reference(hidden, weight, targets, bias, temperature, softcap, lora)
+    with torch.autocast(hidden.device.type, enabled=False):
+        low = low_rank(hidden, weight, lora)
+        return LogProbs(*_TwoPass.apply(hidden, weight, targets, bias, temperature, softcap, *low, backend))
 
 
 def _reference(
@@ -68,53 +86,78 @@ def _reference(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    lora: LowRank | None = None,
 ) -> LogProbs:
-    dtype = _dtype(hidden, weight)
-    x = hidden.to(dtype) @ weight.to(dtype).t()
-    if bias is not None:
-        x = x + bias.to(dtype)
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    z = x / (temperature.to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
-    logps = z.log_softmax(-1)
-    logp = logps.gather(1, targets.long().unsqueeze(1)).squeeze(1)
-    return LogProbs(logp, -(logps.exp() * logps).sum(-1), z.logsumexp(-1))
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    with torch.autocast(hidden.device.type, enabled=False):
+        x = hidden.to(dtype) @ weight.to(dtype).t()
+        if lora is not None:
+            x = x + (hidden.to(dtype) @ lora.down.to(dtype).t() * lora.scale) @ lora.up.to(dtype).t()
+        x = x if bias is None else x + bias.to(dtype)
+        x = x if softcap is None else softcap * torch.tanh(x / softcap)
+        z = x / (temperature.to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
+        logps = z.log_softmax(-1)
+        logp = logps.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+        return LogProbs(logp, -torch.xlogy(logps.exp(), logps.exp()).sum(-1), z.logsumexp(-1))
 
 
-def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+def low_rank(hidden: Tensor, weight: Tensor, lora: LowRank | None) -> tuple[Tensor | None, Tensor | None]:
+    """a = scale h A^T [N, r] and B [V, r] of the scores' second product, in the weight's dtype; differentiable."""
+    if lora is None:
+        return None, None
+    wide = torch.promote_types(hidden.dtype, lora.down.dtype)
+    low = (hidden.to(wide) @ lora.down.to(wide).t()) * lora.scale
+    return low.to(weight.dtype), lora.up.to(weight.dtype)
 
 
-def _rows_per_chunk(vocab: int, dtype: torch.dtype) -> int:
-    return max(1, CHUNK_BYTES // (CHUNK_BUFFERS * vocab * dtype.itemsize))
-
-
-def _tiles(weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Slices of the vocabulary: whole where the weight is used as it is, tiles where it is widened on the way."""
-    step = weight.shape[0] if weight.dtype == dtype else TILE
-    return [slice(i, min(i + step, weight.shape[0])) for i in range(0, weight.shape[0], step)]
-
-
-def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[n, V] = hidden weight^T + bias, summed and kept in `dtype`."""
-    if weight.is_cuda and hidden.dtype == weight.dtype != dtype:
-        # cuBLAS sums in fp32 and needs no widened copies for it
-        scores = torch.mm(hidden, weight.t(), out_dtype=dtype)
+def scores_of(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    low_hidden: Tensor | None = None,
+    low_weight: Tensor | None = None,
+) -> Scores:
+    """The arguments of `linear_logprob` as `Scores`, detached."""
+    wide = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    if isinstance(temperature, Tensor):
+        heat = temperature.detach().to(wide)
     else:
-        parts = [hidden.to(dtype) @ weight[tile].to(dtype).t() for tile in _tiles(weight, dtype)]
-        scores = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return scores if bias is None else scores.add_(bias.to(dtype))
+        heat = torch.full((hidden.shape[0],), temperature, dtype=wide, device=hidden.device)
+    detached = (None if x is None else x.detach() for x in (hidden, weight, targets, bias, low_hidden, low_weight))
+    hidden, weight, targets, bias, low_hidden, low_weight = detached  # pyright: ignore[reportAssignmentType]
+    return Scores(hidden, weight, targets, heat, bias, softcap, low_hidden, low_weight)
 
 
-def _transform(scores: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    """z of the module's formula, in place."""
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    return scores.div_(temperature)
+def backend_of(name: str, hidden: Tensor, weight: Tensor) -> ModuleType:
+    """The module that computes these scores: partial, keep, gradient, kept_gradient, block, chunk_rows."""
+    if choose(name, hidden, weight) == "triton":
+        from . import linear_logprob_triton  # needs Triton, which only this backend does
+
+        return linear_logprob_triton
+    return linear_logprob_torch
 
 
-class _Chunked(torch.autograd.Function):
-    """Chunks of rows; the backward computes a chunk's scores again instead of keeping them."""
+def choose(name: str, hidden: Tensor, weight: Tensor) -> str:
+    """The backend `name` stands for. ValueError if it is unknown or can't take these tensors."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown linear_logprob backend {name!r}: choose from {', '.join(BACKENDS)}")
+    if name in ("reference", "chunked") or (name == "auto" and not hidden.is_cuda):
+        return "chunked" if name == "auto" else name
+    from .gpu import unsuited
+
+    reason = unsuited(hidden, weight)
+    if reason is None:
+        return "triton"
+    if name == "triton":
+        raise ValueError(f"linear_logprob's triton backend can't run here: {reason}; backend='chunked' can")
+    return "chunked"
+
+
+class _TwoPass(torch.autograd.Function):
+    """The backward computes the scores again instead of keeping them."""
 
     @staticmethod
     def forward(
@@ -125,106 +168,75 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         temperature: float | Tensor,
         softcap: float | None,
+        low_hidden: Tensor | None,
+        low_weight: Tensor | None,
+        name: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, n = _dtype(hidden, weight), hidden.shape[0]
-        if isinstance(temperature, Tensor):
-            heat = temperature.detach().to(dtype)
-        else:
-            heat = torch.full((n,), temperature, dtype=dtype, device=hidden.device)
-        peak, log_sum, logp, entropy = (torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(4))
-        step = _rows_per_chunk(weight.shape[0], dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for i in range(0, n, step):
-                rows = slice(i, min(i + step, n))
-                z = _transform(_scores(hidden[rows], weight, bias, dtype), heat[rows].unsqueeze(1), softcap)
-                peak[rows] = z.amax(1)
-                z.sub_(peak[rows].unsqueeze(1))
-                # relative to the peak, so that a log-prob near zero keeps its digits
-                target = z.gather(1, targets[rows].long().unsqueeze(1)).squeeze(1)
-                p = z.exp()
-                total = p.sum(1)
-                log_sum[rows] = total.log()
-                logp[rows] = target - log_sum[rows]
-                entropy[rows] = log_sum[rows] - p.mul_(z).sum(1) / total
-                del z, p
-        ctx.save_for_backward(hidden, weight, targets, bias, heat, peak, log_sum, entropy)
-        ctx.softcap = softcap
-        return logp, entropy, peak + log_sum
+        scores = scores_of(hidden, weight, targets, bias, temperature, softcap, low_hidden, low_weight)
+        stats = finish(backend_of(name, hidden, weight).partial(scores))
+        ctx.save_for_backward(hidden, weight, targets, bias, scores.temperature, low_hidden, low_weight, *stats)
+        ctx.softcap, ctx.name = softcap, name
+        return stats.logp, stats.entropy, stats.peak + stats.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator is untyped)
-        hidden, weight, _, bias, *_ = ctx.saved_tensors
-        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
-        dtype = _dtype(hidden, weight)
-        dhidden = torch.zeros_like(hidden) if needs_hidden else None
-        dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        dbias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-        live = torch.stack([gradient != 0 for gradient in upstream]).any(0).nonzero().squeeze(1)
+        hidden, weight, targets, bias, heat, low_hidden, low_weight, *stats = ctx.saved_tensors
+        scores = Scores(hidden, weight, targets, heat, bias, ctx.softcap, low_hidden, low_weight)
+        needs = ctx.needs_input_grad
+        wanted = Wanted(needs[0], needs[1], needs[3], needs[6], needs[7])
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in live.split(_rows_per_chunk(weight.shape[0], dtype)):
-                h = hidden[rows]
-                dx = _score_gradient(ctx, rows, h, [gradient[rows] for gradient in upstream])
-                if dbias is not None:
-                    dbias += dx.sum(0)
-                if dhidden is not None:
-                    dhidden[rows] = _into_hidden(dx, weight).to(hidden.dtype)
-                if dweight is not None:
-                    # in the promoted dtype on every device: the sum over chunks is rounded once, at the end
-                    dweight.addmm_(dx.t(), h.to(dtype))
-                del dx
-        return (
-            dhidden,
-            None if dweight is None else dweight.to(weight.dtype),
-            None,
-            None if dbias is None else dbias.to(bias.dtype),
-            None,
-            None,
-        )
+            backend = backend_of(ctx.name, hidden, weight)
+            made = backward(backend, scores, Stats(*stats), Upstream(*upstream), wanted)
+        return made.hidden, made.weight, None, made.bias, None, None, made.low_hidden, made.low_weight, None
 
 
-def _score_gradient(ctx: Any, rows: Tensor, h: Tensor, upstream: list[Tensor]) -> Tensor:
-    """dx [n, V] of the module's formula for some rows, with two buffers of that size."""
-    hidden, weight, targets, bias, heat, peak, log_sum, entropy = ctx.saved_tensors
-    dtype = _dtype(hidden, weight)
-    b_heat = heat[rows].unsqueeze(1)
-    z = _transform(_scores(h, weight, bias, dtype), b_heat, ctx.softcap)
-    squash = None if ctx.softcap is None else (z * b_heat).div_(ctx.softcap).square_().neg_().add_(1)
-    z.sub_(peak[rows].unsqueeze(1)).sub_(log_sum[rows].unsqueeze(1))
-    g, h_up, l_up = (gradient.unsqueeze(1) for gradient in upstream)
-    p = z.exp()
-    # dz = p (l - g - h (log p + entropy)) + g 1[target]
-    dz = z.add_(entropy[rows].unsqueeze(1)).mul_(-h_up).add_(l_up - g).mul_(p)
-    dz.scatter_add_(1, targets[rows].long().unsqueeze(1), g)
-    dz.div_(b_heat)
-    return dz if squash is None else dz.mul_(squash)
+def backward(backend: ModuleType, scores: Scores, stats: Stats, upstream: Upstream, wanted: Wanted) -> Gradients:
+    """All that `wanted` names; rows without an upstream gradient aren't computed and get zero."""
+    live = upstream.live()
+    some = len(live) < len(scores)
+    n, scores_live = len(scores), scores.rows(live) if some else scores
+    if some:
+        stats, upstream = stats.rows(live), upstream.rows(live)
+    # whole sums are kept for one side at most, the smaller; with one side frozen, for none
+    rows_first = not wanted.right or (wanted.left and scores.vocab < len(live))
+    made = blocks(len(live), scores.vocab, *backend.block(scores_live, rows_first), rows_first=rows_first)
+    unit = backend.unit(scores_live, upstream)
+    upstream = upstream if unit is None else Upstream(*(x / unit for x in upstream))
+    sums = Sums(scores_live, wanted, left_whole=made.left_whole, right_whole=made.right_whole, unit=unit)
+    for rows, columns in made.slices:
+        part = scores_live.rows(rows)
+        dx = backend.gradient(part, stats.rows(rows), upstream.rows(rows), columns.start, columns.stop)
+        sums.add(dx, part, rows, columns)
+        del dx
+    gradients = sums.gradients()
+    return gradients._replace(hidden=_spread(gradients.hidden, live, n), low_hidden=_spread(gradients.low_hidden, live, n))
 
 
-def _into_hidden(dx: Tensor, weight: Tensor) -> Tensor:
-    """dx W [n, D], summed over the vocabulary in dx's dtype."""
-    tiles = _tiles(weight, dx.dtype)
-    total = dx[:, tiles[0]] @ weight[tiles[0]].to(dx.dtype)
-    for tile in tiles[1:]:
-        total.addmm_(dx[:, tile], weight[tile].to(dx.dtype))
-    return total
+def _spread(rows: Tensor | None, live: Tensor, n: int) -> Tensor | None:
+    """[n, k] with `rows` at the indices `live`, zero elsewhere."""
+    if rows is None or len(live) == n:
+        return rows
+    return rows.new_zeros(n, rows.shape[1]).index_copy_(0, live, rows)
 
 
-def _check(
+def check(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
-    backend: str,
+    lora: LowRank | None,
 ) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown linear_logprob backend {backend!r}: choose from {', '.join(BACKENDS)}")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+    """ValueError for whatever `linear_logprob` can't take, whatever the backend."""
+    low = {} if lora is None else {"lora.down": lora.down, "lora.up": lora.up}
+    for name, tensor in {"hidden": hidden, "weight": weight, "bias": bias, **low}.items():
         if hasattr(tensor, "placements"):
             raise ValueError(
-                f"{name} is a DTensor: its shards would be taken for the whole. Gather it first (full_tensor()) or "
-                "run inside the module whose parameters FSDP has gathered"
+                f"{name} is a DTensor: its shards would be taken for the whole. Gather it first (full_tensor()), run "
+                "inside the module whose parameters FSDP has gathered, or shard the vocabulary with "
+                "engine.vocab_parallel_logprob"
             )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(
@@ -235,6 +247,13 @@ def _check(
         raise ValueError(f"targets must be {n} integers; got {tuple(targets.shape)} of {targets.dtype}")
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias must be [V] = [{vocab}]; got {tuple(bias.shape)}")
+    if lora is not None and (
+        lora.down.dim() != 2 or lora.down.shape[1] != hidden.shape[1] or lora.up.shape != (vocab, lora.down.shape[0])
+    ):
+        raise ValueError(
+            f"lora must be down [r, D = {hidden.shape[1]}] and up [V = {vocab}, r]; got {tuple(lora.down.shape)} and "
+            f"{tuple(lora.up.shape)}"
+        )
     if n and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise ValueError(
             f"targets run from {int(targets.min())} to {int(targets.max())}, outside the vocabulary of {vocab}: "

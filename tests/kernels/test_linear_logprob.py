@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longreach.kernels import LogProbs, linear_logprob
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-module = importlib.import_module("longreach.kernels.linear_logprob")
+module = importlib.import_module("longreach.kernels.linear_logprob_torch")
 
 
 def make(n: int, width: int, vocab: int, dtype: torch.dtype, sharpness: float = 1.0) -> Inputs:
@@ -61,10 +61,10 @@ def upstream_of(n: int) -> list[Tensor]:
     return [torch.randn(n, generator=generator) for _ in range(3)]
 
 
-@pytest.fixture(params=[1 << 30, 1], ids=["one chunk", "a row a chunk"])
-def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(module, "CHUNK_BYTES", request.param)
-    monkeypatch.setattr(module, "TILE", 30)
+@pytest.fixture(params=[(512, 8192), (2, 8192), (512, 30), (2, 30)], ids=["one", "rows", "tiles", "rows and tiles"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    monkeypatch.setattr(module, "ROWS", request.param[0])
+    monkeypatch.setattr(module, "TILE", request.param[1])
     return request.param
 
 
@@ -86,7 +86,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_and_gradients(three_way, chunk_bytes: int, case: str, dtype: torch.dtype) -> None:
+def test_values_and_gradients(three_way, blocks: tuple[int, int], case: str, dtype: torch.dtype) -> None:
     n, width, vocab, sharpness, how = CASES[case]
     inputs, upstream = make(n, width, vocab, dtype, sharpness), upstream_of(n)
 
@@ -181,14 +181,15 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_of_all_logits_ever_exists(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     n, width, vocab, rows = 300, 8, 500, 16
-    monkeypatch.setattr(module, "CHUNK_BYTES", rows * module.CHUNK_BUFFERS * vocab * 4)
+    monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setattr(module, "TILE", 100)
     hidden, weight, _, targets = make(n, width, vocab, dtype)
     hidden.requires_grad_()
     weight.requires_grad_()
     with Recorder() as recorder:
         result = linear_logprob(hidden, weight, targets, softcap=5.0, temperature=torch.ones(n))
         (result.logp.sum() + result.entropy.sum()).backward()
-    assert max(recorder.sizes) == rows * vocab
+    assert max(recorder.sizes) == vocab * width, "neither blocks nor sums are larger than the weight"
     with Recorder() as recorder:
         plain(hidden, weight, targets, None, 1.0, None).logp.sum().backward()
     assert max(recorder.sizes) == n * vocab, "the recorder must see what the usual way makes"
@@ -234,7 +235,7 @@ def test_gradients_do_not_depend_on_micro_batches() -> None:
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
-def test_runs_are_bitwise_equal_and_nothing_is_legal(chunk_bytes: int) -> None:
+def test_runs_are_bitwise_equal_and_nothing_is_legal(blocks: tuple[int, int]) -> None:
     inputs, upstream = make(5, 16, 61, torch.float32), upstream_of(5)
     first, second = (outcome(linear_logprob, inputs, torch.float32, upstream) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

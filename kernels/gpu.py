@@ -1,0 +1,81 @@
+"""What a GPU can take, and the tiles its kernels use. Nothing here is guessed from a name: capability and dtype decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+OLDEST = (8, 0)
+"""Ampere: the first with bfloat16 products and asynchronous copies, for both of which the kernels are written."""
+INTERPRETER = (0, 0)
+"""Stands for a CPU under Triton's interpreter."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of one program: rows x columns of the result, `step` of the summed width a turn; `group` row tiles share L2."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+    group: int = 8
+    tma: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @staticmethod
+    def of(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
+        """The tile of the fused products for a GPU of this capability. One tile whatever N: a row's bits depend on it."""
+        if capability == INTERPRETER:
+            return Tile(64, 128, 64, warps=4, stages=1)
+        if dtype == torch.float32:
+            return Tile(64, 64, 32, warps=4, stages=2)
+        if capability >= (9, 0):
+            return Tile(128, 256, 64, warps=8, stages=3, tma=True)
+        return Tile(128, 128, 64, warps=8, stages=3 if capability == (8, 0) else 2)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; `INTERPRETER` for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
+
+
+def unsuited(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why our kernels can't take these tensors, None if they can."""
+    if find_spec("triton") is None:
+        return "Triton isn't installed"
+    if hidden.dtype != weight.dtype:
+        return f"hidden is {hidden.dtype} and weight {weight.dtype}, and both must have one dtype"
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{hidden.dtype} is not one of bfloat16, float16, float32"
+    if hidden.device != weight.device:
+        return f"hidden is on {hidden.device} and weight on {weight.device}"
+    if hidden.is_cuda:
+        return _unsuited_gpu(hidden.device)
+    if not interpreted():
+        return f"the tensors are on {hidden.device.type}, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
+    if hidden.dtype == torch.bfloat16:
+        return "Triton's interpreter gives wrong bfloat16 results without a word: use float16 or float32"
+    return None
+
+
+def _unsuited_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "AMD GPUs haven't been tried"
+    if capability(device) < OLDEST:
+        return f"compute capability {capability(device)} is below {OLDEST}"
+    return None

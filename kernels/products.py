@@ -1,0 +1,30 @@
+"""Matrix products that are summed and kept in a wider dtype than their factors', without widened copies where possible.
+
+cuBLAS sums half-precision products in fp32 and can hand the sum out unrounded; other devices get their factors widened,
+which is why callers on a CPU hand in tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left [n, k] right [k, m] in `dtype`, summed there."""
+    if _unrounded(left, right, dtype):
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [n, m] += left [n, k] right [k, m], in the dtype of `total`."""
+    if _unrounded(left, right, total.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _unrounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    half = left.dtype in (torch.bfloat16, torch.float16)
+    return left.is_cuda and half and left.dtype == right.dtype and dtype == torch.float32

@@ -1,0 +1,138 @@
+"""Gradients of the two sides of scores x = left right^T, summed over blocks of dx and rounded once.
+
+A block dx [r, c] adds dx right[c] to rows r of the left side's gradient and dx^T left[r] to rows c of the right side's.
+Going through blocks in one order, one side is finished before the next of its rows begins (its sum is as large as a
+block), the other comes back to each of its rows (its sum is as large as itself). Wide sums are fp32 (fp64 for fp64).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .products import add_product, product
+from .scores import Scores
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool = False
+    low_hidden: bool = False
+    low_weight: bool = False
+
+    @property
+    def left(self) -> bool:
+        return self.hidden or self.low_hidden
+
+    @property
+    def right(self) -> bool:
+        return self.weight or self.low_weight
+
+
+class Gradients(NamedTuple):
+    """In the dtype of what they belong to; None where not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    low_hidden: Tensor | None
+    low_weight: Tensor | None
+
+
+class Blocks(NamedTuple):
+    """Row and vocabulary slices of dx in the order they are made."""
+
+    slices: list[tuple[slice, slice]]
+    left_whole: bool
+    """The left side's rows come back: their sum is kept whole."""
+    right_whole: bool
+
+
+def blocks(n: int, vocab: int, rows: int, columns: int, *, rows_first: bool) -> Blocks:
+    """Blocks of at most rows x columns, rows outermost or the vocabulary."""
+    r = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    c = [slice(j, min(j + columns, vocab)) for j in range(0, vocab, columns)]
+    slices = [(i, j) for i in r for j in c] if rows_first else [(i, j) for j in c for i in r]
+    return Blocks(slices, not rows_first and len(c) > 1, rows_first and len(r) > 1)
+
+
+class Sum:
+    """One gradient [n, k] of `dtype`: its rows are added to in blocks, in `wide`."""
+
+    def __init__(self, n: int, like: Tensor, wide: torch.dtype, *, whole: bool, unit: Tensor | None) -> None:
+        self.dtype, self.wide, self.whole, self.unit = like.dtype, wide, whole, unit
+        # whole: the sum itself, rounded at the end. Else the result: each block of rows is rounded into it when done.
+        self.made = torch.zeros(n, like.shape[1], dtype=wide if whole else like.dtype, device=like.device)
+        self.rows: slice | None = None
+        self.total: Tensor | None = None
+
+    def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
+        """made[rows] += left right."""
+        if self.whole:
+            add_product(self.made[rows], left, right)
+        elif self.rows == rows and self.total is not None:
+            add_product(self.total, left, right)
+        else:
+            self.flush()
+            self.rows, self.total = rows, product(left, right, self.wide)
+
+    def flush(self) -> None:
+        if self.rows is not None and self.total is not None:
+            self.made[self.rows] = (self.total if self.unit is None else self.total.mul_(self.unit)).to(self.dtype)
+        self.rows = self.total = None
+
+    def result(self, scale: Tensor | None = None) -> Tensor:
+        """The gradient, times `scale` (0-d): before it is rounded where the sum was kept whole."""
+        self.flush()
+        for factor in (scale, self.unit if self.whole else None):
+            if factor is not None:
+                self.made *= factor.to(self.made.dtype)
+        return self.made.to(self.dtype)
+
+
+class Sums:
+    """The gradients of `Scores`, from blocks of dx in `unit`s (a 0-d power of two, so that fp16 holds small ones)."""
+
+    def __init__(
+        self, scores: Scores, wanted: Wanted, *, left_whole: bool, right_whole: bool, unit: Tensor | None = None
+    ) -> None:
+        n, vocab, wide = len(scores), scores.vocab, scores.dtype
+
+        def new(like: Tensor | None, rows: int, on: bool, whole: bool) -> Sum | None:
+            return None if like is None or not on else Sum(rows, like, wide, whole=whole, unit=unit)
+
+        self.hidden = new(scores.hidden, n, wanted.hidden, left_whole)
+        self.low_hidden = new(scores.low_hidden, n, wanted.low_hidden, left_whole)
+        self.weight = new(scores.weight, vocab, wanted.weight, right_whole)
+        self.low_weight = new(scores.low_weight, vocab, wanted.low_weight, right_whole)
+        self.unit, self.bias = unit, None
+        if wanted.bias and scores.bias is not None:
+            self.bias = torch.zeros(vocab, dtype=wide, device=scores.hidden.device)
+            self.bias_dtype = scores.bias.dtype
+
+    def add(self, dx: Tensor, scores: Scores, rows: slice, columns: slice) -> None:
+        """The block dx of `rows` and `columns`; `scores` are those of its rows alone."""
+        if self.bias is not None:
+            self.bias[columns] += dx.sum(0, dtype=self.bias.dtype)
+        sides = ((self.hidden, self.weight), (self.low_hidden, self.low_weight))
+        for (left, right), (into_left, into_right) in zip(scores.products(), sides, strict=False):
+            if into_left is not None:
+                into_left.add(rows, dx, right[columns])
+            if into_right is not None:
+                into_right.add(columns, dx.t(), left)
+
+    def gradients(self, scale: Tensor | None = None) -> Gradients:
+        """What was wanted, times `scale` (0-d)."""
+        sums = (self.hidden, self.weight, self.low_hidden, self.low_weight)
+        hidden, weight, low_hidden, low_weight = (None if x is None else x.result(scale) for x in sums)
+        bias = self.bias
+        if bias is not None:
+            for factor in (scale, self.unit):
+                bias = bias if factor is None else bias * factor.to(bias.dtype)
+            bias = bias.to(self.bias_dtype)
+        return Gradients(hidden, weight, bias, low_hidden, low_weight)
