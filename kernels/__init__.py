@@ -5,7 +5,17 @@ under that bare name: no transformers here, no version, nothing that raises.
 """
 
 from . import attention
-from .linear_logprob import LogProbs, linear_logprob
+from .linear_logprob import LogProbs, LowRank, linear_logprob
+from .linear_policy_loss import linear_policy_loss
 from .policy_loss import Mean, PolicyLoss, policy_loss
 
-__all__ = ["LogProbs", "Mean", "PolicyLoss", "attention", "linear_logprob", "policy_loss"]
+__all__ = [
+    "LogProbs",
+    "LowRank",
+    "Mean",
+    "PolicyLoss",
+    "attention",
+    "linear_logprob",
+    "linear_policy_loss",
+    "policy_loss",
+]

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 OLDEST = (8, 0)
 """Ampere: the first with bfloat16 products and asynchronous copies, for both of which the kernels are written."""
+HOPPER = (9, 0)
+"""The first with tensor memory descriptors (TMA) and products of whole warp groups."""
 INTERPRETER = (0, 0)
 """Stands for a CPU under Triton's interpreter."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Of one program: rows x columns of the result, `step` of the summed width a turn; `group` row tiles share L2."""
+    """Of one program: rows x columns of the result, `step` of the summed width a turn; `group` row tiles share L2.
+    What follows the products is done in `parts` column ranges (1 or 2), so that it fits in registers."""
 
     rows: int
     columns: int
     step: int
     warps: int
     stages: int
+    parts: int = 1
     group: int = 8
     tma: bool = False
 
@@ -30,28 +36,48 @@ class Tile:
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
+    @property
+    def part(self) -> int:
+        """Columns of one part."""
+        return self.columns // self.parts
+
     @staticmethod
-    def of(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
-        """The tile of the fused products for a GPU of this capability. One tile whatever N: a row's bits depend on it."""
+    def of(capability: tuple[int, int], dtype: torch.dtype, *, tma: bool = True, capped: bool = False) -> Tile:
+        """The tile of the fused products for a GPU of this capability. One tile whatever N: a row's bits depend on it.
+
+        `tma`: the tensors are laid out for tensor memory descriptors; addresses in registers leave no room for a wide
+        tile, nor does the tanh of a soft-cap (`capped`).
+        """
         if capability == INTERPRETER:
-            return Tile(64, 128, 64, warps=4, stages=1)
+            return Tile(64, 128, 64, warps=4, stages=1, parts=2, tma=tma)
         if dtype == torch.float32:
             return Tile(64, 64, 32, warps=4, stages=2)
-        if capability >= (9, 0):
-            return Tile(128, 256, 64, warps=8, stages=3, tma=True)
-        return Tile(128, 128, 64, warps=8, stages=3 if capability == (8, 0) else 2)
+        if capability >= HOPPER and tma:
+            return Tile(128, 128 if capped else 256, 64, warps=8, stages=3, parts=2, tma=True)
+        return Tile(128, 128, 32, warps=8, stages=4, parts=2)
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    import triton
+    from triton import knobs  # needs Triton, which not every machine has
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; `INTERPRETER` for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
+
+
+def tiles(size: int, tile: int) -> int:
+    """How many tiles cover `size`."""
+    return -(-size // tile)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **flags: Any) -> None:
+    """Runs a Triton kernel on the device of its tensors: Triton alone would take the current one."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **flags)
 
 
 def unsuited(hidden: Tensor, weight: Tensor) -> str | None:
@@ -67,7 +93,9 @@ def unsuited(hidden: Tensor, weight: Tensor) -> str | None:
     if hidden.is_cuda:
         return _unsuited_gpu(hidden.device)
     if not interpreted():
-        return f"the tensors are on {hidden.device.type}, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
+        return (
+            f"the tensors are on {hidden.device.type}, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
+        )
     if hidden.dtype == torch.bfloat16:
         return "Triton's interpreter gives wrong bfloat16 results without a word: use float16 or float32"
     return None

@@ -72,11 +72,12 @@ def linear_logprob(
     and a sharded (DTensor) input.
     """
     check(hidden, weight, targets, bias, temperature, softcap, lora)
-    if choose(backend, hidden, weight) == "reference":
+    chosen = choose(backend, hidden, weight)
+    if chosen == "reference":
         return _reference(hidden, weight, targets, bias, temperature, softcap, lora)
     with torch.autocast(hidden.device.type, enabled=False):
-        low = low_rank(hidden, weight, lora)
-        return LogProbs(*_TwoPass.apply(hidden, weight, targets, bias, temperature, softcap, *low, backend))
+        low = low_rank(hidden, weight, lora, chosen)
+        return LogProbs(*_TwoPass.apply(hidden, weight, targets, bias, temperature, softcap, *low, chosen))
 
 
 def _reference(
@@ -101,13 +102,18 @@ def _reference(
         return LogProbs(logp, -torch.xlogy(logps.exp(), logps.exp()).sum(-1), z.logsumexp(-1))
 
 
-def low_rank(hidden: Tensor, weight: Tensor, lora: LowRank | None) -> tuple[Tensor | None, Tensor | None]:
-    """a = scale h A^T [N, r] and B [V, r] of the scores' second product, in the weight's dtype; differentiable."""
+def low_rank(hidden: Tensor, weight: Tensor, lora: LowRank | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """a = scale h A^T [N, r] and B [V, r] of the scores' second product; differentiable.
+
+    Triton's product takes factors of one dtype, so there they are rounded to the weight's, as under autocast.
+    """
     if lora is None:
         return None, None
+    rounded = backend == "triton"
     wide = torch.promote_types(hidden.dtype, lora.down.dtype)
-    low = (hidden.to(wide) @ lora.down.to(wide).t()) * lora.scale
-    return low.to(weight.dtype), lora.up.to(weight.dtype)
+    wide = wide if rounded else torch.promote_types(wide, torch.float32)
+    low, up = (hidden.to(wide) @ lora.down.to(wide).t()) * lora.scale, lora.up
+    return (low.to(weight.dtype), up.to(weight.dtype)) if rounded else (low, up)
 
 
 def scores_of(
@@ -203,21 +209,13 @@ def backward(backend: ModuleType, scores: Scores, stats: Stats, upstream: Upstre
     made = blocks(len(live), scores.vocab, *backend.block(scores_live, rows_first), rows_first=rows_first)
     unit = backend.unit(scores_live, upstream)
     upstream = upstream if unit is None else Upstream(*(x / unit for x in upstream))
-    sums = Sums(scores_live, wanted, left_whole=made.left_whole, right_whole=made.right_whole, unit=unit)
+    sums = Sums(len(live), scores_live, wanted, left_whole=made.left_whole, right_whole=made.right_whole, unit=unit)
     for rows, columns in made.slices:
         part = scores_live.rows(rows)
         dx = backend.gradient(part, stats.rows(rows), upstream.rows(rows), columns.start, columns.stop)
         sums.add(dx, part, rows, columns)
         del dx
-    gradients = sums.gradients()
-    return gradients._replace(hidden=_spread(gradients.hidden, live, n), low_hidden=_spread(gradients.low_hidden, live, n))
-
-
-def _spread(rows: Tensor | None, live: Tensor, n: int) -> Tensor | None:
-    """[n, k] with `rows` at the indices `live`, zero elsewhere."""
-    if rows is None or len(live) == n:
-        return rows
-    return rows.new_zeros(n, rows.shape[1]).index_copy_(0, live, rows)
+    return sums.gradients(rows=live, n=n)
 
 
 def check(

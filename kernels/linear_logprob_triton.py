@@ -26,16 +26,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gpu import Tile, capability
+from .gpu import Tile, capability, launch, tiles
 from .scores import Partial, Scores, Stats, Upstream
 
 BLOCK_BYTES = 640 << 20
 """Budget of a block of dx: with fp32 sums of dh, 32000 rows of 4096 stay within 1.5 GiB."""
 KEPT_BYTES = 2500 << 20
 """Budget of a one-pass chunk: 8192 rows of 152064 entries, the knee where the fp32 sums of dW stop costing time."""
-PARTIAL_ROWS = 16384
-"""Rows whose tile results are held before they are merged: 115 MiB at 152064 entries."""
-COMBINE_ROWS, COMBINE_TILES = 32, 32
+PARTIAL_ROWS = 8192
+"""Rows whose parts' results are held before they are merged: 112 MiB at 152064 entries."""
+COMBINE_ROWS, COMBINE_PARTS = 32, 32
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -90,13 +90,13 @@ def _place(index, n, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def _z(
-    x, w, low_x, low_w, bias, inverse_heat, softcap, row, column, n, vocab, width, low_width,
+def _products(
+    x, w, low_x, low_w, row, column, n, vocab, width, low_width,
     stride_x, stride_w, stride_low_x, stride_low_w,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    LOW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """z of one tile, -inf past the vocabulary's end, and the soft-cap's slope over T (a [ROWS, 1] 1 / T without one)."""
+    """h W^T + a B^T of one tile."""
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     acc = _sum_products(
         x, w, row, column, n, vocab, width, stride_x, stride_w, acc, ROWS, COLUMNS, STEP, TMA, PRECISION
@@ -106,68 +106,101 @@ def _z(
             low_x, low_w, row, column, n, vocab, low_width, stride_low_x, stride_low_w, acc,
             ROWS, COLUMNS, STEP, TMA, PRECISION,
         )  # fmt: skip
-    o_row, o_column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return acc
+
+
+@triton.jit
+def _part(acc, index: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One of the PARTS (1 or 2) column ranges of a tile: the epilogue of half a tile fits in registers."""
+    if PARTS == 2:
+        low, high = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        acc = low if index == 0 else high
+    return acc
+
+
+@triton.jit
+def _z(
+    acc, bias, inverse_heat, softcap, o_row, o_column, n, vocab,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """softcap(acc + b) / T, -inf past the vocabulary's end."""
     m_column = o_column < vocab
     if BIAS:
         acc += tl.load(bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    slope = tl.load(inverse_heat + o_row, mask=o_row < n, other=1.0)[:, None]
+    inverse = tl.load(inverse_heat + o_row, mask=o_row < n, other=1.0)[:, None]
     if SOFTCAP:
-        squashed = _tanh(acc / softcap)
-        z = squashed * softcap * slope
-        slope = slope * (1 - squashed * squashed)
+        acc = _tanh(acc / softcap) * softcap
+    return tl.where(m_column[None, :], acc * inverse, float("-inf"))
+
+
+@triton.jit
+def _store(
+    to, values, row, column, n, columns, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """values [ROWS, COLUMNS] into to [n, columns], rounded; a descriptor needs no addresses in registers."""
+    if TMA:
+        to.store([row, column], values.to(to.dtype))
     else:
-        z = acc * slope
-    return tl.where(m_column[None, :], z, float("-inf")), slope
+        o_row, o_column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        p_to = to + o_row.to(tl.int64)[:, None] * stride + o_column[None, :]
+        mask = (o_row < n)[:, None] & (o_column < columns)[None, :]
+        tl.store(p_to, values.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _partial_kernel(
     x, w, low_x, low_w, bias, targets, inverse_heat, partials, target_z, kept, softcap,
     n, vocab, width, low_width, first, stride_x, stride_w, stride_low_x, stride_low_w, stride_kept,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile's (peak, total, weighted) into partials [tiles, 3, n], its targets' z, and with KEEP exp(z - peak)."""
+    """(peak, total, weighted) of a tile's parts into partials [parts, 3, n], z of targets, with KEEP exp(z - peak)."""
     row, column = _place(tl.program_id(0), n, vocab, ROWS, COLUMNS, GROUP)
-    z, _ = _z(
-        x, w, low_x, low_w, bias, inverse_heat, softcap, row, column, n, vocab, width, low_width,
-        stride_x, stride_w, stride_low_x, stride_low_w, ROWS, COLUMNS, STEP, TMA, PRECISION, LOW, BIAS, SOFTCAP,
+    acc = _products(
+        x, w, low_x, low_w, row, column, n, vocab, width, low_width,
+        stride_x, stride_w, stride_low_x, stride_low_w, ROWS, COLUMNS, STEP, TMA, PRECISION, LOW,
     )  # fmt: skip
-    o_row, o_column = row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    WIDE: tl.constexpr = COLUMNS // PARTS
+    o_row = row + tl.arange(0, ROWS)
     m_row = o_row < n
-    peak = tl.max(z, 1)
-    # a tile that a bias of -inf bars entirely: relative to 0 its entries stay -inf, relative to -inf they were NaN
-    base = tl.where(peak == float("-inf"), 0.0, peak)[:, None]
-    e = tl.exp2((z - base) * LOG2E)
-    total = tl.sum(e, 1)
-    weighted = tl.sum(tl.where(e > 0, e * (z - base), 0.0), 1)
-    p_row = partials + (column // COLUMNS).to(tl.int64) * 3 * n + o_row
-    tl.store(p_row, peak, mask=m_row)
-    tl.store(p_row + n, total, mask=m_row)
-    tl.store(p_row + 2 * n, weighted, mask=m_row)
-    local = (tl.load(targets + o_row, mask=m_row, other=-1) - first - column).to(tl.int32)
-    b_target = tl.sum(tl.where(o_column[None, :] == local[:, None], z, 0.0), 1)
-    mine = (local >= 0) & (local < tl.minimum(COLUMNS, vocab - column))
-    tl.store(target_z + o_row, b_target, mask=m_row & mine)
-    if KEEP:
-        p_kept = kept + o_row.to(tl.int64)[:, None] * stride_kept + (column + o_column)[None, :]
-        m_kept = m_row[:, None] & (column + o_column < vocab)[None, :]
-        tl.store(p_kept, e.to(kept.dtype.element_ty), mask=m_kept)
+    target = tl.load(targets + o_row, mask=m_row, other=-1) - first
+    for index in tl.static_range(PARTS):
+        start = column + index * WIDE
+        o_column = start + tl.arange(0, WIDE)
+        part = _part(acc, index, PARTS, ROWS, COLUMNS)
+        z = _z(part, bias, inverse_heat, softcap, o_row, o_column, n, vocab, BIAS, SOFTCAP)
+        peak = tl.max(z, 1)
+        # a part that a bias of -inf bars entirely: relative to 0 its entries stay -inf, relative to -inf they were NaN
+        base = tl.where(peak == float("-inf"), 0.0, peak)[:, None]
+        e = tl.exp2((z - base) * LOG2E)
+        # the parts of the last tile may lie past the end
+        m_part = m_row & (start < vocab)
+        p_row = partials + (start // WIDE).to(tl.int64) * 3 * n + o_row
+        tl.store(p_row, peak, mask=m_part)
+        tl.store(p_row + n, tl.sum(e, 1), mask=m_part)
+        tl.store(p_row + 2 * n, tl.sum(tl.where(e > 0, e * (z - base), 0.0), 1), mask=m_part)
+        b_target = tl.sum(tl.where(o_column[None, :] == target[:, None], z, 0.0), 1)
+        mine = (target >= start) & (target < tl.minimum(start + WIDE, vocab))
+        tl.store(target_z + o_row, b_target, mask=m_row & mine)
+        if KEEP:
+            _store(kept, e, row, start, n, vocab, stride_kept, ROWS, WIDE, TMA)
 
 
 @triton.jit
-def _combine_kernel(partials, merged, n, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """merged [3, n]: the tiles of each row, TILES at a time in vocabulary order."""
-    o_row, o_tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILES)
+def _combine_kernel(partials, merged, n, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """merged [3, n]: the parts of each row, PARTS at a time in vocabulary order."""
+    o_row, o_part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PARTS)
     m_row = o_row < n
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total, weighted = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for start in range(0, tiles, TILES):
-        mask = (start + o_tile < tiles)[:, None] & m_row[None, :]
-        p_tile = partials + (start + o_tile).to(tl.int64)[:, None] * 3 * n + o_row[None, :]
-        b_peak = tl.load(p_tile, mask=mask, other=float("-inf"))
-        b_total = tl.load(p_tile + n, mask=mask, other=0.0)
-        b_weighted = tl.load(p_tile + 2 * n, mask=mask, other=0.0)
+    for start in range(0, parts, PARTS):
+        mask = (start + o_part < parts)[:, None] & m_row[None, :]
+        p_part = partials + (start + o_part).to(tl.int64)[:, None] * 3 * n + o_row[None, :]
+        b_peak = tl.load(p_part, mask=mask, other=float("-inf"))
+        b_total = tl.load(p_part + n, mask=mask, other=0.0)
+        b_weighted = tl.load(p_part + 2 * n, mask=mask, other=0.0)
         new = tl.maximum(peak, tl.max(b_peak, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
         shift = tl.where(b_peak == float("-inf"), 0.0, b_peak - base[None, :])
@@ -183,78 +216,72 @@ def _combine_kernel(partials, merged, n, tiles, ROWS: tl.constexpr, TILES: tl.co
 
 
 @triton.jit
-def _dz(log_p, p, local, o_column, row_stats, n, o_row, m_row):
-    """dL/dz of a tile. row_stats [7, n]: peak, log_sum, logp, entropy, then the gradients by logp, entropy, lse."""
-    logp = tl.load(row_stats + 2 * n + o_row, mask=m_row, other=0.0)
-    entropy = tl.load(row_stats + 3 * n + o_row, mask=m_row, other=0.0)
-    g = tl.load(row_stats + 4 * n + o_row, mask=m_row, other=0.0)
-    h = tl.load(row_stats + 5 * n + o_row, mask=m_row, other=0.0)
-    by_lse = tl.load(row_stats + 6 * n + o_row, mask=m_row, other=0.0)
-    # p (l - h (log p + entropy)) - g p; 0 where p is, as 0 x -inf is NaN
-    rest = tl.where(p > 0, p * ((by_lse - g - h * entropy)[:, None] - h[:, None] * log_p), 0.0)
-    # at the target g (1 - p) is taken from its log-prob: 1 - p of a p near 1 would cancel
-    at_target = tl.exp2(logp * LOG2E) * (by_lse - h * (logp + entropy)) + g * _one_minus_exp(logp)
-    return tl.where(o_column[None, :] == local[:, None], at_target[:, None], rest)
+def _dx(log_p, p, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP: tl.constexpr):
+    """dL/dx of a tile: p (a - b log p), times the soft-cap's slope, and at the target a number of its own."""
+    a = tl.load(row_terms + 2 * n + o_row, mask=m_row, other=0.0)[:, None]
+    b = tl.load(row_terms + 3 * n + o_row, mask=m_row, other=0.0)[:, None]
+    at_target = tl.load(row_terms + 4 * n + o_row, mask=m_row, other=0.0)[:, None]
+    # 0 where p is: 0 x -inf is NaN
+    dx = tl.where(p > 0, p * (a - b * log_p), 0.0)
+    if SOFTCAP:
+        lse_heat = tl.load(row_terms + 5 * n + o_row, mask=m_row, other=0.0)[:, None]
+        heat = tl.load(row_terms + 6 * n + o_row, mask=m_row, other=0.0)[:, None]
+        squashed = (log_p * heat + lse_heat) / softcap
+        dx = tl.where(p > 0, dx * (1 - squashed * squashed), 0.0)
+    return tl.where(o_column[None, :] == target[:, None], at_target, dx)
 
 
 @triton.jit
 def _gradient_kernel(
-    x, w, low_x, low_w, bias, targets, inverse_heat, row_stats, dx, softcap,
-    n, start, stop, vocab, width, low_width, first, stride_x, stride_w, stride_low_x, stride_low_w, stride_dx,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    x, w, low_x, low_w, bias, targets, inverse_heat, row_terms, dx, softcap,
+    n, begin, stop, vocab, width, low_width, first, stride_x, stride_w, stride_low_x, stride_low_w, stride_dx,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """dx [n, stop - start] of the entries start..stop, the scores computed again."""
-    row, column = _place(tl.program_id(0), n, stop - start, ROWS, COLUMNS, GROUP)
-    column += start
-    z, slope = _z(
-        x, w, low_x, low_w, bias, inverse_heat, softcap, row, column, n, vocab, width, low_width,
-        stride_x, stride_w, stride_low_x, stride_low_w, ROWS, COLUMNS, STEP, TMA, PRECISION, LOW, BIAS, SOFTCAP,
+    """dx [n, stop - begin] of the entries begin..stop, the scores computed again."""
+    row, column = _place(tl.program_id(0), n, stop - begin, ROWS, COLUMNS, GROUP)
+    acc = _products(
+        x, w, low_x, low_w, row, begin + column, n, vocab, width, low_width,
+        stride_x, stride_w, stride_low_x, stride_low_w, ROWS, COLUMNS, STEP, TMA, PRECISION, LOW,
     )  # fmt: skip
-    o_row, o_column = row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    WIDE: tl.constexpr = COLUMNS // PARTS
+    o_row = row + tl.arange(0, ROWS)
     m_row = o_row < n
-    peak = tl.load(row_stats + o_row, mask=m_row, other=0.0)
-    log_sum = tl.load(row_stats + n + o_row, mask=m_row, other=0.0)
-    log_p = (z - peak[:, None]) - log_sum[:, None]
-    local = (tl.load(targets + o_row, mask=m_row, other=-1) - first - column).to(tl.int32)
-    b_dx = _dz(log_p, tl.exp2(log_p * LOG2E), local, o_column, row_stats, n, o_row, m_row) * slope
-    p_dx = dx + o_row.to(tl.int64)[:, None] * stride_dx + (column - start + o_column)[None, :]
-    mask = m_row[:, None] & (column + o_column < stop)[None, :]
-    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=mask)
+    peak = tl.load(row_terms + o_row, mask=m_row, other=0.0)[:, None]
+    log_sum = tl.load(row_terms + n + o_row, mask=m_row, other=0.0)[:, None]
+    target = tl.load(targets + o_row, mask=m_row, other=-1) - first
+    for index in tl.static_range(PARTS):
+        start = column + index * WIDE
+        o_column = begin + start + tl.arange(0, WIDE)
+        part = _part(acc, index, PARTS, ROWS, COLUMNS)
+        z = _z(part, bias, inverse_heat, softcap, o_row, o_column, n, vocab, BIAS, SOFTCAP)
+        log_p = (z - peak) - log_sum
+        b_dx = _dx(log_p, tl.exp2(log_p * LOG2E), target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP)
+        _store(dx, b_dx, row, start, n, stop - begin, stride_dx, ROWS, WIDE, TMA)
 
 
 @triton.jit
 def _kept_gradient_kernel(
-    kept, partials, targets, inverse_heat, row_stats, softcap, n, vocab, first, stride_kept,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    kept, partials, targets, row_terms, softcap, n, vocab, first, stride_kept,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """exp(z - its tile's peak) becomes dx in place; WIDTH entries of one tile of COLUMNS a program."""
-    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * WIDTH
-    o_row, o_column = row + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    """exp(z - its part's peak) becomes dx in place; one part of COLUMNS entries a program."""
+    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    o_row, o_column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     m_row = o_row < n
-    p_kept = kept + o_row.to(tl.int64)[:, None] * stride_kept + (column + o_column)[None, :]
-    mask = m_row[:, None] & (column + o_column < vocab)[None, :]
+    p_kept = kept + o_row.to(tl.int64)[:, None] * stride_kept + o_column[None, :]
+    mask = m_row[:, None] & (o_column < vocab)[None, :]
     e = tl.load(p_kept, mask=mask, other=0.0).to(tl.float32)
-    peak = tl.load(row_stats + o_row, mask=m_row, other=0.0)
-    log_sum = tl.load(row_stats + n + o_row, mask=m_row, other=0.0)
-    p_peak = partials + (column // COLUMNS).to(tl.int64) * 3 * n + o_row
-    tile_peak = tl.load(p_peak, mask=m_row, other=0.0)
-    tile_peak = tl.where(tile_peak == float("-inf"), 0.0, tile_peak)
-    offset = (tile_peak - peak) - log_sum
+    peak = tl.load(row_terms + o_row, mask=m_row, other=0.0)
+    log_sum = tl.load(row_terms + n + o_row, mask=m_row, other=0.0)
+    part_peak = tl.load(partials + tl.program_id(1).to(tl.int64) * 3 * n + o_row, mask=m_row, other=0.0)
+    part_peak = tl.where(part_peak == float("-inf"), 0.0, part_peak)
+    offset = (part_peak - peak) - log_sum
     log_p = tl.log2(e) / LOG2E + offset[:, None]
     p = e * tl.exp2(offset * LOG2E)[:, None]
-    local = (tl.load(targets + o_row, mask=m_row, other=-1) - first - column).to(tl.int32)
-    b_dx = _dz(log_p, p, local, o_column, row_stats, n, o_row, m_row)
-    inverse = tl.load(inverse_heat + o_row, mask=m_row, other=1.0)
-    if SOFTCAP:
-        # z / inverse_heat / softcap is the tanh of what was capped
-        squashed = (log_p + (peak + log_sum)[:, None]) / (inverse * softcap)[:, None]
-        slope = tl.where(e > 0, 1 - squashed * squashed, 0.0)
-        logp = tl.load(row_stats + 2 * n + o_row, mask=m_row, other=0.0)
-        at_target = (logp + peak + log_sum) / (inverse * softcap)
-        slope = tl.where(o_column[None, :] == local[:, None], (1 - at_target * at_target)[:, None], slope)
-        b_dx = b_dx * slope
-    tl.store(p_kept, (b_dx * inverse[:, None]).to(kept.dtype.element_ty), mask=mask)
+    target = tl.load(targets + o_row, mask=m_row, other=-1) - first
+    b_dx = _dx(log_p, p, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP)
+    tl.store(p_kept, b_dx.to(kept.dtype.element_ty), mask=mask)
 
 
 def partial(scores: Scores) -> Partial:
@@ -266,16 +293,16 @@ def partial(scores: Scores) -> Partial:
         part = scores.rows(slice(i, i + PARTIAL_ROWS))
         partials = _launch_partial(part, target_z[i : i + PARTIAL_ROWS], None)
         merged[:, i : i + PARTIAL_ROWS] = _combine(partials)
-    return Partial(*merged, target_z)
+    return Partial(*merged.unbind(), target_z)
 
 
 def keep(scores: Scores) -> tuple[Partial, tuple[Tensor, Tensor]]:
-    """Partial results, and what `kept_gradient` makes the gradient from: exponentials [n, V] and the tiles' results."""
+    """Partial results, and what `kept_gradient` makes the gradient from: exponentials [n, V] and the parts' results."""
     n = len(scores)
     target_z = torch.full((n,), -torch.inf, dtype=torch.float32, device=scores.hidden.device)
     kept = _matrix(n, scores.vocab, scores)
     partials = _launch_partial(scores, target_z, kept)
-    return Partial(*_combine(partials), target_z), (kept, partials)
+    return Partial(*_combine(partials).unbind(), target_z), (kept, partials)
 
 
 def gradient(scores: Scores, stats: Stats, upstream: Upstream, start: int, stop: int) -> Tensor:
@@ -284,10 +311,10 @@ def gradient(scores: Scores, stats: Stats, upstream: Upstream, start: int, stop:
     dx = _matrix(n, stop - start, scores)
     common, pointers, flags = _arguments(scores, tile)
     if n:
-        grid = (triton.cdiv(n, tile.rows) * triton.cdiv(stop - start, tile.columns),)
-        _gradient_kernel[grid](
-            *pointers, scores.targets, _inverse(scores), _row_stats(stats, upstream), dx, scores.softcap or 0.0,
-            n, start, stop, *common, dx.stride(0), **flags,
+        grid = (tiles(n, tile.rows) * tiles(stop - start, tile.columns),)
+        launch(
+            _gradient_kernel, grid, dx.device, *pointers, scores.targets, _inverse(scores), _row_terms(scores, stats, upstream),
+            _target(dx, tile), scores.softcap or 0.0, n, start, stop, *common, dx.stride(0), **flags,
         )  # fmt: skip
     return dx
 
@@ -295,13 +322,13 @@ def gradient(scores: Scores, stats: Stats, upstream: Upstream, start: int, stop:
 def kept_gradient(scores: Scores, kept: tuple[Tensor, Tensor], stats: Stats, upstream: Upstream) -> Tensor:
     """dL/dx [n, V], in place of the exponentials that `keep` gave."""
     dx, partials = kept
-    n, tile = len(scores), _tile(scores)
-    rows, width = 16, min(256, tile.columns)
+    n, rows, part = len(scores), 16, _tile(scores).part
     if n:
-        _kept_gradient_kernel[triton.cdiv(n, rows), triton.cdiv(scores.vocab, width)](
-            dx, partials, scores.targets, _inverse(scores), _row_stats(stats, upstream), scores.softcap or 0.0,
-            n, scores.vocab, scores.first, dx.stride(0),
-            ROWS=rows, COLUMNS=tile.columns, WIDTH=width, SOFTCAP=scores.softcap is not None, num_warps=4,
+        grid = (tiles(n, rows), tiles(scores.vocab, part))
+        launch(
+            _kept_gradient_kernel, grid, dx.device, dx, partials, scores.targets, _row_terms(scores, stats, upstream), scores.softcap or 0.0, n,
+            scores.vocab, scores.first, dx.stride(0),
+            ROWS=rows, COLUMNS=part, SOFTCAP=scores.softcap is not None, num_warps=4,
         )  # fmt: skip
     return dx
 
@@ -330,13 +357,15 @@ def unit(scores: Scores, upstream: Upstream) -> Tensor | None:
 
 
 def _tile(scores: Scores) -> Tile:
-    return Tile.of(capability(scores.hidden.device), scores.hidden.dtype)
+    tma = all(_aligned(x) for pair in scores.products() for x in pair)
+    capped = scores.softcap is not None
+    return Tile.of(capability(scores.hidden.device), scores.hidden.dtype, tma=tma, capped=capped)
 
 
 def _matrix(rows: int, columns: int, scores: Scores) -> Tensor:
     """[rows, columns] uninitialised, each row at a multiple of 128 bytes: cuBLAS is slow on odd ones."""
     align = 128 // scores.hidden.element_size()
-    stride = triton.cdiv(columns, align) * align
+    stride = tiles(columns, align) * align
     return torch.empty(rows, stride, dtype=scores.hidden.dtype, device=scores.hidden.device)[:, :columns]
 
 
@@ -344,31 +373,45 @@ def _inverse(scores: Scores) -> Tensor:
     return scores.temperature.reciprocal()
 
 
-def _row_stats(stats: Stats, upstream: Upstream) -> Tensor:
-    """[7, n], as `_dz` reads them."""
-    return torch.stack([x.float() for x in (*stats, *upstream)])
+def _row_terms(scores: Scores, stats: Stats, upstream: Upstream) -> Tensor:
+    """[7, n], as the gradient's kernels read them: peak, log_sum, a, b, the target's dx, lse T and T.
+
+    dz_j = p_j (l - g - h (log p_j + entropy)) + g [j is the target], and dx = dz slope / T.
+    """
+    heat, (g, h, by_lse) = scores.temperature, upstream
+    # at the target g (1 - p) is taken from its log-prob: 1 - p of a p near 1 would cancel
+    at_target = stats.logp.exp() * (by_lse - h * (stats.logp + stats.entropy)) - g * torch.special.expm1(stats.logp)
+    lse = stats.peak + stats.log_sum
+    if scores.softcap is not None:
+        at_target = at_target * (1 - ((stats.logp + lse) * heat / scores.softcap).square())
+    a, b = (by_lse - g - h * stats.entropy) / heat, h / heat
+    return torch.stack([stats.peak, stats.log_sum, a, b, at_target / heat, lse * heat, heat])
 
 
 def _arguments(scores: Scores, tile: Tile) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
     """Sizes and strides, tensors or descriptors, and compile-time flags that the product kernels share."""
     products = [(_dense(left), _dense(right)) for left, right in scores.products()]
-    tma = tile.tma and all(_aligned(x) for pair in products for x in pair)
     low = products[-1]  # without an adapter the first product again, never read
 
     def describe(x: Tensor, rows: int) -> Any:
-        return TensorDescriptor.from_tensor(x, [rows, tile.step]) if tma else x
+        return TensorDescriptor.from_tensor(x, [rows, tile.step]) if tile.tma else x
 
     pointers = [describe(x, rows) for pair in (products[0], low) for x, rows in zip(pair, tile.shape, strict=True)]
     sizes = (scores.vocab, products[0][0].shape[1], low[0].shape[1], scores.first)
     strides = (x.stride(0) for pair in (products[0], low) for x in pair)
     flags = {
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "GROUP": tile.group, "TMA": tma,
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PARTS": tile.parts, "GROUP": tile.group, "TMA": tile.tma,
         "PRECISION": "ieee" if scores.hidden.dtype == torch.float32 else "tf32",
         "LOW": len(products) > 1, "BIAS": scores.bias is not None, "SOFTCAP": scores.softcap is not None,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     bias = scores.hidden if scores.bias is None else scores.bias.contiguous()
     return (*sizes, *strides), (*pointers, bias), flags
+
+
+def _target(x: Tensor, tile: Tile) -> Any:
+    """What a product kernel stores its parts through."""
+    return TensorDescriptor.from_tensor(x, [tile.rows, tile.part]) if tile.tma else x
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -382,26 +425,27 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _launch_partial(scores: Scores, target_z: Tensor, kept: Tensor | None) -> Tensor:
-    """The tiles' results [tiles, 3, n]."""
+    """The parts' results [parts, 3, n]."""
     tile, n = _tile(scores), len(scores)
-    tiles = triton.cdiv(scores.vocab, tile.columns)
-    partials = torch.empty(tiles, 3, n, dtype=torch.float32, device=scores.hidden.device)
+    partials = torch.empty(tiles(scores.vocab, tile.part), 3, n, dtype=torch.float32, device=scores.hidden.device)
     common, pointers, flags = _arguments(scores, tile)
     if n:
-        _partial_kernel[(triton.cdiv(n, tile.rows) * tiles,)](
-            *pointers, scores.targets, _inverse(scores), partials, target_z,
-            scores.hidden if kept is None else kept, scores.softcap or 0.0,
+        grid = (tiles(n, tile.rows) * tiles(scores.vocab, tile.columns),)
+        launch(
+            _partial_kernel, grid, partials.device, *pointers, scores.targets, _inverse(scores), partials, target_z,
+            scores.hidden if kept is None else _target(kept, tile), scores.softcap or 0.0,
             n, *common, 0 if kept is None else kept.stride(0), KEEP=kept is not None, **flags,
         )  # fmt: skip
     return partials
 
 
 def _combine(partials: Tensor) -> Tensor:
-    """[3, n]: the tiles' results merged in vocabulary order."""
-    tiles, _, n = partials.shape
+    """[3, n]: the parts' results merged in vocabulary order."""
+    parts, _, n = partials.shape
     merged = torch.empty(3, n, dtype=torch.float32, device=partials.device)
     if n:
-        _combine_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
-            partials, merged, n, tiles, ROWS=COMBINE_ROWS, TILES=COMBINE_TILES, num_warps=4
-        )
+        launch(
+            _combine_kernel, (tiles(n, COMBINE_ROWS),), merged.device, partials, merged, n, parts,
+            ROWS=COMBINE_ROWS, PARTS=COMBINE_PARTS, num_warps=4,
+        )  # fmt: skip
     return merged

@@ -9,12 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TILE = 8192
+"""Rows of a half-precision factor that are widened at once where they have to be."""
+
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left [n, k] right [k, m] in `dtype`, summed there."""
     if _unrounded(left, right, dtype):
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    if left.dtype == right.dtype == dtype:
+        return left @ right
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+    add_product(total, left, right)
+    return total
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -22,7 +29,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if _unrounded(left, right, total.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        for i in range(0, right.shape[0], TILE):
+            part = slice(i, i + TILE)
+            total.addmm_(left[:, part].to(total.dtype), right[part].to(total.dtype))
 
 
 def _unrounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:

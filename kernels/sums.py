@@ -99,9 +99,10 @@ class Sums:
     """The gradients of `Scores`, from blocks of dx in `unit`s (a 0-d power of two, so that fp16 holds small ones)."""
 
     def __init__(
-        self, scores: Scores, wanted: Wanted, *, left_whole: bool, right_whole: bool, unit: Tensor | None = None
+        self, n: int, scores: Scores, wanted: Wanted, *, left_whole: bool, right_whole: bool, unit: Tensor | None = None
     ) -> None:
-        n, vocab, wide = len(scores), scores.vocab, scores.dtype
+        """For `n` rows of `scores`, of which only widths and dtypes are read."""
+        vocab, wide = scores.vocab, scores.dtype
 
         def new(like: Tensor | None, rows: int, on: bool, whole: bool) -> Sum | None:
             return None if like is None or not on else Sum(rows, like, wide, whole=whole, unit=unit)
@@ -126,8 +127,8 @@ class Sums:
             if into_right is not None:
                 into_right.add(columns, dx.t(), left)
 
-    def gradients(self, scale: Tensor | None = None) -> Gradients:
-        """What was wanted, times `scale` (0-d)."""
+    def gradients(self, scale: Tensor | None = None, *, rows: Tensor, n: int) -> Gradients:
+        """What was wanted, times `scale` (0-d); the rows of the left side are the `rows` of n, the others zero."""
         sums = (self.hidden, self.weight, self.low_hidden, self.low_weight)
         hidden, weight, low_hidden, low_weight = (None if x is None else x.result(scale) for x in sums)
         bias = self.bias
@@ -135,4 +136,10 @@ class Sums:
             for factor in (scale, self.unit):
                 bias = bias if factor is None else bias * factor.to(bias.dtype)
             bias = bias.to(self.bias_dtype)
-        return Gradients(hidden, weight, bias, low_hidden, low_weight)
+        return Gradients(_spread(hidden, rows, n), weight, bias, _spread(low_hidden, rows, n), low_weight)
+
+
+def _spread(made: Tensor | None, rows: Tensor, n: int) -> Tensor | None:
+    if made is None or len(rows) == n:
+        return made
+    return made.new_zeros(n, made.shape[1]).index_copy_(0, rows, made)

@@ -3,15 +3,14 @@
 A step takes `batch_prompts` groups of `group_size` completions and makes `updates` optimizer updates, each on its share of
 the groups. Normalizers are counted over a whole update before it is cut into micro-batches, so the update is the same to
 rounding however it is cut. Completions that can't have a gradient (zero advantage, no KL, no entropy bonus) are counted by
-the normalizer and never computed.
+the normalizer and never computed; the entropy rules can make it so (`entropy.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +18,10 @@ from torch import Tensor
 from ..engine import Group, Sampling, pack_groups
 from ..engine.optimizer import apply_update
 from ..kernels import Mean, policy_loss
-from ..kernels.policy_loss import KL_ESTIMATORS
-from .advantages import SCALES, group_advantages, overlong_penalty, reward_spread
-from .config import nearest
+from .advantages import group_advantages, overlong_penalty, reward_spread
 from .console import Console
+from .entropy import EntropyControl, Masks, batch_entropy
+from .grpo_config import GrpoConfig
 from .policy import Policy
 from .prompts import Prompt
 from .rewards import Reward
@@ -30,78 +29,32 @@ from .rollouts import Rollout, RolloutGroup, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
-from .step_metrics import cost, mean_of, rollout_metrics
-
-KINDS = ("grpo", "dapo", "dr_grpo", "bnpo")
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    """One RL step.
-
-    `dynamic_sampling` samples until `batch_prompts` groups have rewards that differ, in at most `max_batches` batches;
-    surplus prompts come first in the next step. `overlong_buffer` tokens before the limit are penalised (0: off).
-    `importance_cap` corrects for a generator that differs from the trainer (truncated importance sampling).
-    """
-
-    kind: str = "grpo"
-    group_size: int = 8
-    batch_prompts: int = 32
-    updates: int = 1
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_weight: float = 0.0
-    kl: str = "k3"
-    entropy_weight: float = 0.0
-    scale: str = "group"
-    importance_cap: float | None = None
-    dynamic_sampling: bool = False
-    max_batches: int = 10
-    overlong_buffer: int = 0
-    balanced_tasks: bool = False
-    micro_batch_tokens: int = 65536
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"rl.kind {self.kind!r} is not a known loss: {nearest(self.kind, KINDS)}")
-        if self.scale not in SCALES:
-            raise ValueError(f"rl.scale {self.scale!r} is not known: {nearest(self.scale, SCALES)}")
-        if self.group_size < 2:
-            raise ValueError(
-                f"rl.group_size = {self.group_size}: advantages compare the completions of a group, use 2 or more"
-            )
-        if self.updates < 1 or self.batch_prompts % self.updates:
-            raise ValueError(
-                f"rl.batch_prompts = {self.batch_prompts} can't be shared by rl.updates = {self.updates}: make it a multiple"
-            )
-        if self.max_batches < 1:
-            raise ValueError(f"rl.max_batches must be at least 1, not {self.max_batches}")
-        if self.kl not in KL_ESTIMATORS:
-            raise ValueError(f"rl.kl {self.kl!r} is not a known estimator: {nearest(self.kl, KL_ESTIMATORS)}")
-        if self.clip_low > 1.0:
-            raise ValueError(f"rl.clip_low = {self.clip_low}: ratios are positive, so it is at most 1")
-        if self.importance_cap is not None and self.importance_cap <= 0:
-            raise ValueError(
-                f"rl.importance_cap must be positive, not {self.importance_cap}; leave it out to switch it off"
-            )
-        for name in ("clip_low", "clip_high", "kl_weight", "entropy_weight", "overlong_buffer"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"rl.{name} must be 0 or more, not {getattr(self, name)}")
+from .step_metrics import cost, mask_metrics, mean_of, rollout_metrics
 
 
 @dataclass
 class Sample:
-    """A rollout on its way through the updates; `old_logp` None: the update's own log-probs are the old ones."""
+    """A rollout on its way through the updates; `old_logp` None: the update's own log-probs are the old ones.
+
+    `entropy` is known only where an entropy rule asked for it, `kept` [R] says which tokens keep their advantage (None: all).
+    """
 
     rollout: Rollout
     ids: Tensor
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
+    entropy: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def advantage(self) -> float:
         assert self.rollout.advantage is not None
         return self.rollout.advantage
+
+    @property
+    def learns(self) -> bool:
+        """Whether any of its tokens has an advantage."""
+        return self.advantage != 0 and (self.kept is None or bool(self.kept.any()))
 
 
 Minibatch = list[tuple[Prompt, list[Sample]]]
@@ -119,6 +72,7 @@ class GrpoTrainer:
         self.stage, self.sampling, self.prompts, self.sampler = stage, sampling, prompts, sampler
         self.seed, self.grad_clip, self.reference = seed, grad_clip, reference
         self.console = console or Console(quiet=True)
+        self.entropy = EntropyControl(config.entropy_weight, config.adaptive_entropy, config.aepo)
 
     def step(
         self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None
@@ -129,9 +83,9 @@ class GrpoTrainer:
         groups = self.advantages(groups) if replay is None else groups
         minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
         with watch("old_log_prob"):
-            self.attach_logprobs(minibatches)
+            masked = self.attach_logprobs(minibatches)
         with watch("update_actor"):
-            metrics = self.update_all(minibatches, learning_rate)
+            metrics = {**masked, **self.update_all(minibatches, learning_rate)}
         watch.seconds["timing_s/step"] = time.perf_counter() - start
         costs = cost(groups, watch, self.policy.model.device)
         return {**rollout_metrics(groups), **self.reward.metrics(), **metrics, **costs}, groups
@@ -192,43 +146,78 @@ class GrpoTrainer:
             for share in shares
         ]
 
-    def attach_logprobs(self, minibatches: list[Minibatch]) -> None:
-        """Old log-probs of every update but the first, which is on-policy; reference ones only if the KL term has weight."""
+    def attach_logprobs(self, minibatches: list[Minibatch]) -> dict[str, float]:
+        """What the updates need of the policy before them, and of the reference; gives what the entropy rules did.
+
+        Old log-probs for every update but the first, which is on-policy; reference ones only if the KL term has weight.
+        A masking rule costs a pass without gradient over the first update's completions (the others pass anyhow), and AEPO
+        and the top-entropy mask, which look at whole batches, one over those of zero advantage. It saves the updates' own
+        passes over completions whose advantages it takes away.
+        """
         for index, minibatch in enumerate(minibatches):
-            if index:
-                for sample, logp in self._logprobs(self.policy, self.computed(minibatch)):
-                    sample.old_logp = logp
-            if self.config.kl_weight:
-                assert self.reference is not None, "a KL term compares with a reference"
-                for sample, logp in self._logprobs(self.reference, self.computed(minibatch)):
+            if index or self.config.masks:
+                for sample, logp, entropy in self._logprobs(self.policy, self.probed(minibatch)):
+                    sample.old_logp = logp if index else None
+                    sample.entropy = entropy if self.config.masks else None
+        metrics = self.mask(minibatches) if self.config.masks else {}
+        if self.config.kl_weight:
+            assert self.reference is not None, "a KL term compares with a reference"
+            for minibatch in minibatches:
+                for sample, logp, _ in self._logprobs(self.reference, self.computed(minibatch)):
                     sample.ref_logp = logp
+        return metrics
+
+    def mask(self, minibatches: list[Minibatch]) -> dict[str, float]:
+        """Takes from each update the advantages that the entropy rules take away; gives what that did to the step."""
+        updates = [[s for _, samples in m for s in samples if s.entropy is not None] for m in minibatches]
+        batch = batch_entropy([s.entropy for samples in updates for s in samples if s.entropy is not None])
+        rules = Masks(self.config.top_entropy_quantile, self.config.negative_clip, self.entropy.begin(batch))
+        for samples in updates:
+            entropies = [s.entropy for s in samples if s.entropy is not None]
+            for sample, kept in zip(samples, rules.kept(entropies, [s.advantage for s in samples]), strict=True):
+                sample.kept = kept
+        pairs = [(s.kept, s.advantage) for samples in updates for s in samples if s.kept is not None]
+        return mask_metrics(pairs, batch if self.config.aepo else None, rules.negatives)
+
+    def probed(self, minibatch: Minibatch) -> Minibatch:
+        """What is passed before the updates: all that a rule over whole batches counts, else what can have a gradient."""
+        if self.config.aepo or self.config.top_entropy_quantile < 1:
+            return [(prompt, samples) for prompt, samples in minibatch if samples]
+        return self.computed(minibatch)
 
     def computed(self, minibatch: Minibatch) -> Minibatch:
-        """What can have a gradient: all of it with a KL term or an entropy bonus, else non-zero advantages alone."""
-        if self.config.kl_weight or self.config.entropy_weight:
+        """What can have a gradient: all of it if other terms than the advantages' have one, else where one is left."""
+        if self.config.dense:
             return [(prompt, samples) for prompt, samples in minibatch if samples]
-        kept = [(prompt, [s for s in samples if s.advantage]) for prompt, samples in minibatch]
+        kept = [(prompt, [s for s in samples if s.learns]) for prompt, samples in minibatch]
         return [(prompt, samples) for prompt, samples in kept if samples]
 
     @torch.no_grad()
-    def _logprobs(self, policy: Policy, minibatch: Minibatch) -> list[tuple[Sample, Tensor]]:
-        made: list[tuple[Sample, Tensor]] = []
+    def _logprobs(self, policy: Policy, minibatch: Minibatch) -> list[tuple[Sample, Tensor, Tensor]]:
+        """Each sample with its log-probs and entropies."""
+        found: list[tuple[Sample, Tensor, Tensor]] = []
         for row, samples in _rows(minibatch, self.config.micro_batch_tokens):
-            logp = policy.logprobs(row, self.sampling.temperature).logp
-            made += zip(samples, logp.split([len(s.ids) for s in samples]), strict=True)
-        return made
+            made, lengths = policy.logprobs(row, self.sampling.temperature), [len(s.ids) for s in samples]
+            found += zip(samples, made.logp.split(lengths), made.entropy.split(lengths), strict=True)
+        return found
 
     def update_all(self, minibatches: list[Minibatch], learning_rate: float) -> dict[str, float]:
         totals: dict[str, Mean] = {}
-        losses, norms = [], []
+        losses, norms, weights = [], [], []
         for minibatch in minibatches:
             if not any(samples for _, samples in minibatch):
                 continue  # nothing was learned from: weight decay and momentum alone must not move the weights
-            losses.append(self.gradient(minibatch, totals))
+            means: dict[str, Mean] = {}
+            weights.append(self.entropy.weight)
+            losses.append(self.gradient(minibatch, means))
             norms.append(apply_update(self.optimizer, self.policy.model, learning_rate, self.grad_clip))
+            if "entropy" in means:
+                self.entropy.observe(means["entropy"].value)
+            _add(totals, means)
         metrics = {name: mean.value for name, mean in totals.items()}
         return {
             **metrics,
+            **({"entropy_coef": mean_of(weights)} if self.config.adaptive_entropy else {}),
             "loss": mean_of(losses),
             "grad_norm": mean_of(norms),
             "learning_rate": learning_rate,
@@ -236,47 +225,54 @@ class GrpoTrainer:
         }
 
     def gradient(self, minibatch: Minibatch, totals: dict[str, Mean]) -> float:
-        """Accumulates the gradient of one update over its micro-batches; gives the loss."""
+        """Accumulates the gradient of one update over its micro-batches; gives the loss, and adds to the metrics."""
         config, total = self.config, 0.0
         normalizer = self.normalizer(minibatch)
         for row, samples in _rows(self.computed(minibatch), config.micro_batch_tokens):
             made = self.policy.logprobs(row, self.sampling.temperature)
             result = policy_loss(
-                made.logp, **self._loss_inputs(samples, made.logp), kind=config.kind, normalizer=normalizer, entropy=made.entropy,
-                clip_low=config.clip_low, clip_high=config.clip_high, kl_weight=config.kl_weight, kl=config.kl,
-                entropy_weight=config.entropy_weight, importance_cap=config.importance_cap,
+                made.logp, **_loss_inputs(samples, made.logp.device), kind=config.kind, normalizer=normalizer,
+                entropy=made.entropy, entropy_weight=self.entropy.weight, **config.loss_options(),
             )  # fmt: skip
             result.loss.backward()
             total += result.loss.item()
-            for name, mean in result.metrics.items():
-                totals[name] = totals[name] + mean if name in totals else mean
+            _add(totals, result.metrics)
         return total
-
-    def _loss_inputs(self, samples: list[Sample], logp: Tensor) -> dict[str, Any]:
-        device = logp.device
-        lengths = torch.tensor([len(s.ids) for s in samples], device=device)
-        old = [s.old_logp for s in samples if s.old_logp is not None]
-        ref = [s.ref_logp for s in samples if s.ref_logp is not None]
-        sampled = [x + y for s in samples for x, y in zip(s.rollout.logprobs, s.rollout.kept_logmass, strict=True)]
-        return {
-            "old_logp": torch.cat(old) if old else logp.detach(),
-            "advantages": torch.tensor(
-                [s.advantage for s in samples], device=device, dtype=logp.dtype
-            ).repeat_interleave(lengths),
-            "sequence_ids": torch.arange(len(samples), device=device).repeat_interleave(lengths),
-            "rollout_logp": torch.tensor(sampled, device=device, dtype=logp.dtype),
-            "ref_logp": torch.cat(ref) if ref else None,
-        }
 
     def normalizer(self, minibatch: Minibatch) -> float:
         """What the loss of one update is divided by, counted over all its completions (design: one global number)."""
         sequences = sum(len(samples) for _, samples in minibatch)
         tokens = sum(len(s.ids) for _, samples in minibatch for s in samples)
-        if self.config.kind == "grpo":
-            return float(max(1, sequences))
-        if self.config.kind == "dr_grpo":
-            return float(max(1, sequences) * self.sampling.max_completion)
-        return float(max(1, tokens))
+        counted = {
+            "sequences": sequences,
+            "tokens": tokens,
+            "local_tokens": tokens,
+            "sequences_x_limit": sequences * self.sampling.max_completion,
+        }
+        return float(max(1, counted[self.config.loss.normalizer]))
+
+
+def _loss_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tensor | None]:
+    """What the loss of a micro-batch takes beside the current log-probs, [N] each; it rounds to its own precision."""
+    lengths = torch.tensor([len(s.ids) for s in samples], device=device)
+    advantages = torch.tensor([s.advantage for s in samples], device=device, dtype=torch.float64)
+    advantages = advantages.repeat_interleave(lengths)
+    old = [s.old_logp for s in samples if s.old_logp is not None]
+    ref = [s.ref_logp for s in samples if s.ref_logp is not None]
+    kept = [s.kept for s in samples if s.kept is not None]
+    sampled = [x + y for s in samples for x, y in zip(s.rollout.logprobs, s.rollout.kept_logmass, strict=True)]
+    return {
+        "old_logp": torch.cat(old) if old else None,
+        "advantages": torch.where(torch.cat(kept), advantages, 0.0) if kept else advantages,
+        "sequence_ids": torch.arange(len(samples), device=device).repeat_interleave(lengths),
+        "rollout_logp": torch.tensor(sampled, device=device, dtype=torch.float64),
+        "ref_logp": torch.cat(ref) if ref else None,
+    }
+
+
+def _add(totals: dict[str, Mean], more: Mapping[str, Mean]) -> None:
+    for name, mean in more.items():
+        totals[name] = totals[name] + mean if name in totals else mean
 
 
 def _rows(minibatch: Minibatch, budget: int) -> list[tuple[Sequence[Group], list[Sample]]]:

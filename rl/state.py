@@ -31,12 +31,16 @@ from .policy import Policy
 
 @dataclass
 class Progress:
-    """Where a run stands. `stage` indexes the run's list of stages; `stage_step` steps of it are done, `step` of all."""
+    """Where a run stands. `stage` indexes the run's list of stages; `stage_step` steps of it are done, `step` of all.
+
+    `entropy` is what the entropy rules remember; it goes on from phase to phase, since the policy does.
+    """
 
     stage: int = 0
     stage_step: int = 0
     step: int = 0
     sampler: dict[str, Any] | None = None
+    entropy: dict[str, Any] | None = None
     members: list[int] = field(default_factory=list)
 
 

@@ -29,6 +29,20 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def mask_metrics(
+    masked: Sequence[tuple[torch.Tensor, float]], entropy: float | None, negatives: bool
+) -> dict[str, float]:
+    """What the entropy rules took away: (tokens kept [R], advantage) per completion; `entropy` of AEPO's batch or None.
+
+    `entropy_mask/share` is of the tokens that had an advantage.
+    """
+    had = [kept for kept, advantage in masked if advantage]
+    lost = float(sum((~kept).sum() for kept in had)) / max(1, sum(len(kept) for kept in had))
+    return {"entropy_mask/share": lost} | (
+        {} if entropy is None else {"aepo/entropy": entropy, "aepo/masking": float(negatives)}
+    )
+
+
 def cost(groups: Sequence[RolloutGroup], watch: Stopwatch, device: torch.device) -> dict[str, float]:
     """Throughput counts each prompt once and every completion token."""
     tokens = sum(len(g.prompt.ids) + sum(len(r.completion_ids) for r in g.rollouts) for g in groups)

@@ -169,6 +169,8 @@ class Run:
             sampling=phase.sampling(), prompts=prompts.train, sampler=sampler, seed=recipe.run.seed,
             grad_clip=recipe.optimizer.grad_clip, reference=self._reference(stage), console=self.console,
         )  # fmt: skip
+        if self.progress.entropy is not None:
+            trainer.entropy.load(self.progress.entropy)
 
         def one(step: int, learning_rate: float) -> dict[str, float]:
             number = self.progress.step + 1
@@ -176,6 +178,7 @@ class Run:
             rollouts = [rollout.dump() for group in groups for rollout in group.rollouts]
             self.folder.write_lines(self.folder.rollouts_file(stage.name, number), rollouts)
             self.progress.sampler = sampler.state()
+            self.progress.entropy = trainer.entropy.state()
             return metrics
 
         self._steps(stage, phase.steps, phase.rates(), one)

@@ -1,4 +1,4 @@
-"""Each policy loss against its formula written out in fp64, in value and gradient, whole and in micro-batches."""
+"""The clipped losses against their formula token by token in Python floats; what every loss promises, through autograd."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from longreach.kernels import Mean, PolicyLoss, policy_loss
 from longreach.kernels.policy_loss import KINDS
+
+CLIPPED = ("grpo", "dapo", "dr_grpo", "bnpo")
 
 LENGTHS = [3, 1, 8, 2, 5, 1]
 """One-token sequences among others; sequence 3 is absent from the ids, as an empty completion is."""
@@ -85,7 +87,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLIPPED)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("spread", [0.0, 0.3, 4.0])
 @pytest.mark.parametrize("masked", [False, True])
@@ -106,7 +108,8 @@ def test_value_and_gradient(kind: str, options: str, spread: float, masked: bool
         torch.testing.assert_close(b.entropy.grad, per_token.double())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# the other kinds hold weights without gradient, which finite differences can't know
+@pytest.mark.parametrize("kind", [*CLIPPED, "sapo", "dro", "gspo", "luspo", "gmpo", "kimi"])
 def test_gradcheck(kind: str) -> None:
     b = batch()
 
@@ -173,7 +176,7 @@ def test_micro_batches_add_up(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(parts[1], whole[1])
     assert parts[2].keys() == whole[2].keys()
     for name, mean in parts[2].items():
-        assert mean.value == pytest.approx(whole[2][name].value, rel=tolerance)
+        assert mean.value == pytest.approx(whole[2][name].value, rel=tolerance), name
 
 
 def test_metrics_are_means_over_kept_tokens() -> None:

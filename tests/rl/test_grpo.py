@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longreach.engine import Sampling
-from longreach.rl.grpo import KINDS, GrpoConfig, GrpoTrainer, Minibatch
+from longreach.rl.grpo import GrpoTrainer, Minibatch
+from longreach.rl.grpo_config import GrpoConfig
 from longreach.rl.policy import Policy
 from longreach.rl.rollouts import RolloutGroup
 
+KINDS = ("grpo", "dapo", "dr_grpo", "bnpo")  # those of the recipe's papers; the others are in test_grpo_losses.py
 TEMPERATURE = 0.7
 SAMPLING = Sampling(8, temperature=TEMPERATURE)
 LENGTHS = (5, 30, 11, 6)
@@ -62,7 +64,8 @@ def stated_loss(model: PreTrainedModel, minibatch: Minibatch, config: GrpoConfig
         logp, entropy = logp_of(model, prompt.ids, s.ids)
         old = logp.detach() if s.old_logp is None else s.old_logp.double()
         ratio = (logp - old).exp()
-        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        low, high = (0.2 if bound is None else bound for bound in (config.clip_low, config.clip_high))
+        clipped = ratio.clamp(1 - low, 1 + high)
         token = -torch.minimum(ratio * s.advantage, clipped * s.advantage)
         if config.importance_cap is not None:
             sampled = torch.tensor(s.rollout.logprobs, dtype=torch.float64)

@@ -25,8 +25,9 @@ from longreach.rl import train
 from longreach.rl.console import Console
 from longreach.rl.curriculum import Phase
 from longreach.rl.data import DataConfig
+from longreach.rl.entropy import AdaptiveEntropy, Aepo, EntropyControl, NegativeClip, spared
 from longreach.rl.evaluate import EvalConfig, evaluate
-from longreach.rl.grpo import GrpoConfig
+from longreach.rl.grpo_config import GrpoConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import tokenize
 from longreach.rl.recipe import Recipe
@@ -78,11 +79,21 @@ STEP: dict[str, Row] = {
     "updates": ({}, {"updates": 1}),
     "clip_low": ({}, {"clip_low": 0.0}),
     "clip_high": ({"updates": 4}, {"clip_high": 0.0}),
+    "options": ({"kind": "sapo"}, {"options": {"temperature_neg": 9.0}}),
     "kl_weight": ({}, KL),
     "kl": (KL, {"kl": "k1"}),
+    "kl_bias_correction": (KL, {"kl_bias_correction": True}),
     "entropy_weight": ({}, {"entropy_weight": 0.1}),
     "scale": ({}, {"scale": "batch"}),
     "importance_cap": ({}, {"importance_cap": 0.5}),
+    "importance_range": ({}, {"importance_range": (0.0, 0.999999)}),
+    "importance_level": ({"importance_cap": 2.0}, {"importance_level": "sequence"}),  # ratios of 1 to rounding
+    "importance_sequence_range": ({}, {"importance_sequence_range": (0.0, 1.0)}),
+    "off_policy_threshold": ({}, {"off_policy_threshold": 1e-9}),
+    "top_entropy_quantile": ({}, {"top_entropy_quantile": 0.5}),
+    "negative_clip": ({}, {"negative_clip": NegativeClip("token", 6.5)}),
+    "aepo": ({}, {"aepo": Aepo(1.0, 2.0)}),
+    "adaptive_entropy": ({"entropy_weight": 0.1}, {"adaptive_entropy": AdaptiveEntropy(target=9.0)}),
     "dynamic_sampling": ({}, DYNAMIC),
     "max_batches": (DYNAMIC, {"max_batches": 1}),
     "overlong_buffer": ({}, {"overlong_buffer": 3}),
@@ -120,6 +131,43 @@ def test_a_step_without_changes_is_the_same_step(stepped: Make) -> None:
 
 def test_every_key_of_the_rl_step_has_a_row() -> None:
     assert set(STEP) | {"balanced_tasks"} == keys_of(GrpoConfig)
+
+
+RULES: dict[type, dict[str, Row]] = {
+    NegativeClip: {
+        "level": ({"level": "token", "threshold": 1.0}, {"level": "sequence"}),
+        "threshold": ({"level": "token", "threshold": 1.0}, {"threshold": 2.0}),
+    },
+    Aepo: {
+        "low": ({"low": 1.0, "high": 2.0}, {"low": 1.6}),
+        "high": ({"low": 1.0, "high": 2.0}, {"high": 3.0}),
+    },
+    AdaptiveEntropy: {
+        "target": ({}, {"target": 2.0}),
+        "delta": ({"target": 2.0}, {"delta": 0.02}),
+        "min": ({"target": 1.0, "delta": 0.09}, {"min": 0.05}),
+        "max": ({"target": 3.0}, {"max": 0.102}),
+    },
+}
+
+
+@pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
+def test_the_sections_of_the_entropy_rules(cls: type) -> None:
+    """Over a course of entropies: what is spared, when it masks, what the bonus weighs."""
+    assert set(RULES[cls]) == keys_of(cls)
+
+    def course(rule: Any) -> Any:
+        if isinstance(rule, NegativeClip):
+            return spared(torch.tensor([0.5, 1.5, 2.5]), -1.0, rule).tolist()
+        control = EntropyControl(0.1, *((rule, None) if isinstance(rule, AdaptiveEntropy) else (None, rule)))
+        made = []
+        for entropy in (0.9, 2.5, 1.5, 0.8, 0.8, 2.5):
+            made.append((control.begin(entropy), control.weight))
+            control.observe(entropy)
+        return made
+
+    for key, (both, one) in RULES[cls].items():
+        assert course(cls(**both)) != course(cls(**{**both, **one})), f"{cls.__name__}.{key} changes nothing"
 
 
 # Whole runs

@@ -16,7 +16,7 @@ from longreach.rl.recipe import Recipe, load_recipe, shipped, to_toml
 
 SHIPPED = (
     "demo", "smoke", "qwenlong-l1-14b", "qwenlong-l1-14b-dapo", "qwenlong-l1-32b", "qwenlong-l1-32b-dapo", "longreach-120k",
-    "one-gpu-8b-lora",
+    "one-gpu-8b-lora", "qwenlong-l1.5-4b",
 )  # fmt: skip
 PHASE = {"upper": 100, "max_completion": 10, "steps": 1, "learning_rate": 1e-3}
 BASE: dict[str, Any] = {"name": "x", "model": {"path": "m"}, "data": {"train": "t.jsonl"}, "phases": [PHASE]}
@@ -72,6 +72,20 @@ def test_longreach_120k_goes_to_120k() -> None:
     assert made.model.yarn == 4.0 and made.window() <= 4 * 40_960  # Qwen3's own positions
     assert load_recipe("one-gpu-8b-lora").model.lora is not None
     assert load_recipe("one-gpu-8b-lora").window() <= 4 * 40_960
+
+
+def test_the_numbers_of_the_second_paper() -> None:
+    """arXiv 2512.12967, sections 4.1 and 5.1; AEPO's bounds it doesn't print, but its Figures 8 and 10 show the entropy."""
+    made = load_recipe("qwenlong-l1.5-4b")
+    assert [(p.upper, p.max_completion, p.learning_rate, p.schedule, p.temperature, p.top_p) for p in made.phases] == [
+        (upper, longest, 2e-6, "constant", 0.7, 0.95)
+        for upper, longest in ((20_000, 12_000), (60_000, 20_000), (120_000, 50_000))
+    ]
+    rl = made.rl
+    assert (rl.group_size, rl.batch_prompts, rl.updates, rl.kl_weight, rl.scale) == (8, 128, 1, 0.0, "task")
+    assert (rl.loss.normalizer, rl.balanced_tasks, made.sft) == ("tokens", True, None)
+    assert rl.aepo is not None
+    assert 0.1 <= rl.aepo.low < rl.aepo.high <= 0.225
 
 
 def write(path: Path, text: str) -> str:
@@ -174,15 +188,15 @@ TWO = [PHASE, {**PHASE, "upper": 200, "max_completion": 50}]
         ({"data": {"train": "synthetic:a"}, "synthetic": {"ab": {}}}, "no section [synthetic.a]: did you mean 'ab'?"),
         ({"data": {"train": "t", "eval": ["synthetic:a"]}}, "data.eval = 'synthetic:a'"),
         ({"sft": {"data": "synthetic:a", "upper": 9, "learning_rate": 1.0}}, "sft.data = 'synthetic:a'"),
-        ({"rl": {"kind": "gpro"}}, "rl.kind 'gpro' is not a known loss: did you mean 'grpo'?"),
+        ({"rl": {"kind": "dappo"}}, "rl: unknown policy loss 'dappo': did you mean 'dapo'?"),
         ({"rl": {"scale": "std"}}, "rl.scale 'std' is not known"),
-        ({"rl": {"kl": "k4"}}, "rl.kl 'k4' is not a known estimator"),
-        ({"rl": {"kl_weight": -0.1}}, "rl.kl_weight must be 0 or more"),
-        ({"rl": {"entropy_weight": -0.1}}, "rl.entropy_weight must be 0 or more"),
-        ({"rl": {"clip_low": 1.5}}, "rl.clip_low = 1.5"),
-        ({"rl": {"clip_low": -0.1}}, "rl.clip_low must be 0 or more"),
-        ({"rl": {"clip_high": -0.1}}, "rl.clip_high must be 0 or more"),
-        ({"rl": {"importance_cap": 0.0}}, "rl.importance_cap must be positive"),
+        ({"rl": {"kl": "k4"}}, "rl: unknown KL estimator 'k4'"),
+        ({"rl": {"kl_weight": -0.1}}, "rl: kl_weight must not be negative, got -0.1"),
+        ({"rl": {"entropy_weight": -0.1}}, "rl: entropy_weight must not be negative, got -0.1"),
+        ({"rl": {"clip_low": 1.5}}, "rl: clip_low must be at most 1 (ratios are positive), got 1.5"),
+        ({"rl": {"clip_low": -0.1}}, "rl: clip_low must not be negative"),
+        ({"rl": {"clip_high": -0.1}}, "rl: clip_high must not be negative"),
+        ({"rl": {"importance_cap": 0.0}}, "rl: importance_cap must be positive, got 0.0"),
         ({"rl": {"overlong_buffer": -1}}, "rl.overlong_buffer must be 0 or more"),
         ({"rl": {"group_size": 1}}, "rl.group_size = 1"),
         ({"rl": {"batch_prompts": 6, "updates": 4}}, "rl.batch_prompts = 6 can't be shared by rl.updates = 4"),

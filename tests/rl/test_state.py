@@ -32,6 +32,11 @@ FLAVOURS: dict[str, dict[str, Any]] = {
         "rl__kind": "dapo", "rl__dynamic_sampling": True, "rl__overlong_buffer": 3, "rl__balanced_tasks": True,
         "model__yarn": 2.0, "rl__scale": "task", "rl__entropy_weight": 0.01, "rl__importance_cap": 2.0, "rl__max_batches": 3,
     },
+    "entropy": {
+        "rl__kind": "gspo", "rl__updates": 2, "rl__top_entropy_quantile": 0.8, "rl__entropy_weight": 0.01,
+        "rl__adaptive_entropy": {"target": 99.0, "delta": 0.01}, "rl__aepo": {"low": 1.0, "high": 5.0},
+        "rl__negative_clip": {"level": "token", "threshold": 6.0}, "rl__importance_range": [0.5, 5.0], "retrospective": None,
+    },
     "pool": {
         "retrospective": {"source": "records", "selection": "weighted", "size": 2, "samples": 2},
         "phases__1__schedule": "cosine", "phases__1__warmup_steps": 1,
@@ -156,6 +161,13 @@ def test_every_flavour_learns_something_in_every_step(flavour: str, whole: Calla
     metrics = lines(whole(flavour) / "metrics.jsonl")
     assert len(metrics) == STEPS
     assert all(line["grad_norm"] > 1e-3 for line in metrics)
+
+
+def test_what_the_entropy_rules_remember_goes_on_over_kills_and_phases(whole: Callable[[str], Path]) -> None:
+    """Two updates a step, 0.01 more after each; AEPO masks from its first step on."""
+    phases = [line for line in lines(whole("entropy") / "metrics.jsonl") if line["stage"] != "sft"]
+    assert [line["entropy_coef"] for line in phases] == pytest.approx([0.015 + 0.02 * step for step in range(6)])
+    assert [line["aepo/masking"] for line in phases] == [1.0] * 6
 
 
 def test_a_kl_term_compares_with_the_policy_as_it_was_when_rl_began(
