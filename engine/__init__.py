@@ -1,6 +1,6 @@
 """What makes a model run: loading, attention wiring, packing, generation, checkpoints."""
 
-from .completions import completion_hidden, completion_logprobs
+from .completions import completion_hidden, completion_logprobs, completion_policy_loss
 from .generate import Completion, generate
 from .model import load_model, load_tokenizer
 from .packing import Group, PackedRow, pack_groups
@@ -13,6 +13,7 @@ __all__ = [
     "Sampling",
     "completion_hidden",
     "completion_logprobs",
+    "completion_policy_loss",
     "generate",
     "load_model",
     "load_tokenizer",

@@ -8,13 +8,13 @@ only in `linear_logprob`, so no [T, V] tensor exists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..kernels import LogProbs, linear_logprob
+from ..kernels import LogProbs, LowRank, PolicyLoss, linear_logprob, linear_policy_loss
 from .attention import Layout, SharedPrefix
 from .packing import Group, one_row, unshared
 
@@ -69,10 +69,37 @@ def completion_logprobs(
     """
     hidden_ND, targets_N = completion_hidden(model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh)
     head = model_head(model)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        return linear_logprob(
-            hidden_ND, head.weight_VD, targets_N, bias=head.bias, softcap=head.softcap, temperature=temperature
-        )
+    return linear_logprob(hidden_ND, head.weight_VD, targets_N, temperature=temperature, **head.options())
+
+
+def completion_policy_loss(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    *,
+    kind: str,
+    normalizer: float | Tensor,
+    temperature: float = 1.0,
+    shared_prefix: bool = True,
+    backend: str = "auto",
+    mesh: None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """The policy loss of the groups' completions, of each token one [N] entry in group, completion, token order.
+
+    `longreach.kernels.linear_policy_loss` of `completion_hidden`: one pass over the vocabulary where the kind allows.
+    `old_logp` (None: on-policy), `advantages` and the tensors among `options` are [N] on the model's device; a
+    completion is a sequence. Errors as of both.
+    """
+    hidden_ND, targets_N = completion_hidden(model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh)
+    head = model_head(model)
+    lengths = torch.tensor([len(c) for group in groups for c in group.completions], device=targets_N.device)
+    return linear_policy_loss(
+        hidden_ND, head.weight_VD, targets_N, old_logp, advantages,
+        torch.arange(len(lengths), device=targets_N.device).repeat_interleave(lengths),
+        kind=kind, normalizer=normalizer, temperature=temperature, **head.options(), **options,
+    )  # fmt: skip
 
 
 def decode(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
@@ -83,17 +110,25 @@ def decode(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: L
 
 
 class Head(NamedTuple):
-    """The language-model head: weight [V, D], bias [V] or None, final soft-cap or None."""
+    """The language-model head: weight [V, D], bias [V] or None, final soft-cap or None, LoRA adapter or None."""
 
     weight_VD: Tensor
     bias: Tensor | None
     softcap: float | None
+    lora: LowRank | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What `linear_logprob` takes beside the weight."""
+        return {"bias": self.bias, "softcap": self.softcap, "lora": self.lora}
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] in fp32 (fp64 for fp64), as `linear_logprob` sees them: neither autocast nor bfloat16 rounds them."""
         wide = torch.promote_types(torch.promote_types(hidden_ND.dtype, self.weight_VD.dtype), torch.float32)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             logits = self._product(hidden_ND, wide)
+            if self.lora is not None:
+                low = hidden_ND.to(wide) @ self.lora.down.to(wide).t()
+                logits = logits.addmm_(low, self.lora.up.to(wide).t(), alpha=self.lora.scale)
             if self.bias is not None:
                 logits += self.bias.to(wide)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -112,10 +147,25 @@ def model_head(model: PreTrainedModel) -> Head:
     """The head of a model that `load_model` has let through.
 
     Raises:
-        ValueError: the head isn't one plain linear layer (an adapter on it would be passed over).
+        ValueError: the head isn't one plain linear layer, or one with a single LoRA adapter beside it (what else may
+            stand there would be passed over).
     """
-    head = model.get_output_embeddings()
+    head, lora = model.get_output_embeddings(), None
+    if isinstance(head, nn.Module) and isinstance(getattr(head, "base_layer", None), nn.Linear):
+        head, lora = head.base_layer, _adapter(head)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a plain linear layer")
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(head.weight, head.bias, softcap)
+    return Head(head.weight, head.bias, softcap, lora)
+
+
+def _adapter(head: Any) -> LowRank | None:
+    """peft's adapter on the head; told by its parts, since peft need not be installed."""
+    names = [] if head.disable_adapters or head.merged else list(head.active_adapters)
+    if not names:
+        return None
+    plain = len(names) == 1 and names[0] in head.lora_A and names[0] not in getattr(head, "lora_variant", {})
+    if not plain or not isinstance(head.lora_dropout[names[0]], nn.Identity):
+        raise ValueError(f"the head has adapters {names}: one plain LoRA adapter without dropout is supported")
+    name = names[0]
+    return LowRank(head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])

@@ -15,13 +15,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """Freezes the model and adds fp32 adapters to the linear layers named in `config.targets`.
 
     Raises:
-        ValueError: no layer has one of these names.
+        ValueError: no layer has one of these names, or the head that is named is tied to the embeddings.
     """
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     unknown = sorted(set(config.targets) - names)
     if unknown:
         raise ValueError(
             f"lora.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(sorted(names))}"
+        )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", ())
+    if tied and any(name.rpartition(".")[2] in config.targets for name, m in model.named_modules() if m is head):
+        raise ValueError(
+            "lora.targets names the head, whose weight is the embeddings' too: merging would change those, or be lost "
+            "when the model is loaded again. Leave it out, or untie the weights"
         )
     peft.inject_adapter_in_model(
         peft.LoraConfig(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine import Group, Sampling, pack_groups
 from ..engine.optimizer import apply_update
-from ..kernels import Mean, policy_loss
+from ..kernels import Mean
 from .advantages import group_advantages, overlong_penalty, reward_spread
 from .console import Console
 from .entropy import EntropyControl, Masks, batch_entropy
@@ -229,10 +229,10 @@ class GrpoTrainer:
         config, total = self.config, 0.0
         normalizer = self.normalizer(minibatch)
         for row, samples in _rows(self.computed(minibatch), config.micro_batch_tokens):
-            made = self.policy.logprobs(row, self.sampling.temperature)
-            result = policy_loss(
-                made.logp, **_loss_inputs(samples, made.logp.device), kind=config.kind, normalizer=normalizer,
-                entropy=made.entropy, entropy_weight=self.entropy.weight, **config.loss_options(),
+            inputs = _loss_inputs(samples, self.policy.model.device)
+            result = self.policy.loss(
+                row, self.sampling.temperature, **inputs, kind=config.kind, normalizer=normalizer,
+                entropy_weight=self.entropy.weight, **config.loss_options(),
             )  # fmt: skip
             result.loss.backward()
             total += result.loss.item()
@@ -264,7 +264,6 @@ def _loss_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tenso
     return {
         "old_logp": torch.cat(old) if old else None,
         "advantages": torch.where(torch.cat(kept), advantages, 0.0) if kept else advantages,
-        "sequence_ids": torch.arange(len(samples), device=device).repeat_interleave(lengths),
         "rollout_logp": torch.tensor(sampled, device=device, dtype=torch.float64),
         "ref_logp": torch.cat(ref) if ref else None,
     }

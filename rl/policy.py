@@ -8,15 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..engine import Completion, Group, Sampling, completion_logprobs, generate, load_model, load_tokenizer
+from ..engine import (
+    Completion,
+    Group,
+    Sampling,
+    completion_logprobs,
+    completion_policy_loss,
+    generate,
+    load_model,
+    load_tokenizer,
+)
 from ..engine.generate import GeneratorConfig
 from ..engine.model import DTYPES, ModelConfig, pick_device, stop_tokens
-from ..kernels import LogProbs
+from ..kernels import LogProbs, PolicyLoss
 from .config import nearest
 from .prompts import Prompt
 
@@ -63,6 +73,11 @@ class Policy:
     def logprobs(self, groups: Sequence[Group], temperature: float) -> LogProbs:
         with self.precision():
             return completion_logprobs(self.model, groups, temperature=temperature)
+
+    def loss(self, groups: Sequence[Group], temperature: float, **inputs: Any) -> PolicyLoss:
+        """A policy loss of the groups' completions; `inputs` are those of `engine.completion_policy_loss`."""
+        with self.precision():
+            return completion_policy_loss(self.model, groups, temperature=temperature, **inputs)
 
     def sample(
         self,

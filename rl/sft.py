@@ -88,14 +88,15 @@ def sft_step(
     tokens = sum(len(g.completions[0]) for g in batch)
     with watch("step"):
         for row in pack_groups(batch, config.micro_batch_tokens):
-            made = policy.logprobs(row.groups, 1.0)
-            weights = torch.cat([torch.full((n,), 1.0 / (n * len(batch))) for n in row.completion_lengths]).to(
-                made.logp.device
-            )
-            loss = -(weights * made.logp).sum()
-            loss.backward()
-            total_loss += loss.item()
-            total_entropy += made.entropy.detach().sum().item()
+            lengths = torch.tensor(row.completion_lengths, device=policy.model.device)
+            # the policy gradient of examples whose advantage is 1 / |y| on each token
+            made = policy.loss(
+                row.groups, 1.0, old_logp=None, advantages=(1.0 / lengths).repeat_interleave(lengths),
+                kind="reinforce", normalizer=len(batch),
+            )  # fmt: skip
+            made.loss.backward()
+            total_loss += made.loss.item()
+            total_entropy += float(made.metrics["entropy"].total)
         norm = apply_update(optimizer, policy.model, learning_rate, grad_clip)
     processed = sum(group.tokens for group in batch)
     return {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from longreach.engine import Group, completion_logprobs
+from longreach.engine import Group, Sampling, completion_logprobs, generate
+from longreach.engine.completions import model_head
 from longreach.engine.model import LoraConfig, save_model, trainable
 from longreach.engine.optimizer import OptimizerConfig, apply_update, make_optimizer
 
@@ -113,7 +114,43 @@ def test_layers_that_are_not_there_are_named(load: Callable[..., Any]) -> None:
         load("qwen3", lora=LoraConfig(targets=("o_proj", "qkv_proj")))
 
 
-def test_an_adapter_on_the_head_is_refused(load: Callable[..., Any]) -> None:
-    """Log-probs read the head's weight, and would pass over an adapter there in silence."""
-    with pytest.raises(ValueError, match="not a plain linear layer"):
-        load("llama", lora=LoraConfig(targets=("q_proj", "lm_head")))
+HEAD = LoraConfig(rank=3, alpha=12.0, targets=("q_proj", "lm_head"))
+
+
+def test_an_adapter_on_the_head_is_in_every_path(
+    load: Callable[..., Any], random_groups: Callable[..., list[Group]], tmp_path: Path
+) -> None:
+    """Log-probs read the head's weight, and must not pass over the adapter beside it; nor may generation."""
+    model, groups = load("llama", lora=HEAD), random_groups(SHAPES)
+    train(model, groups)
+    head = model.get_output_embeddings()
+    adapter = [head.lora_A["default"].weight, head.lora_B["default"].weight]
+    completion_logprobs(model, groups).logp.sum().backward()
+    assert all(x.grad is not None and x.grad.any() for x in adapter)
+    assert head.base_layer.weight.grad is None
+    wanted = logprobs(model, groups)
+    ids = torch.cat([groups[1].prompt_ids, groups[1].completions[0]])
+    with torch.no_grad():
+        theirs = model(input_ids=ids[None]).logits[0, 4:-1].log_softmax(-1)
+    torch.testing.assert_close(theirs.gather(1, ids[5:, None])[:, 0], wanted[-3:], rtol=0, atol=1e-4)
+    made = generate(model, [groups[0].prompt_ids], 2, Sampling(max_completion=5), seed=3, stop_ids=())[0]
+    again = logprobs(model, [Group(groups[0].prompt_ids, [torch.tensor(c.ids) for c in made])])
+    reported = torch.tensor([x for c in made for x in c.logprobs])
+    torch.testing.assert_close(reported, again, rtol=0, atol=1e-4)
+    save_model(model, Untouched(), tmp_path)  # type: ignore[arg-type]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        merged = plain(input_ids=ids[None]).logits[0, 4:-1].log_softmax(-1)
+    torch.testing.assert_close(merged, theirs, rtol=0, atol=1e-3)
+
+
+def test_an_adapter_on_a_tied_head_is_refused(load: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="whose weight is the embeddings' too"):
+        load("qwen3", lora=HEAD)
+
+
+def test_an_adapter_that_would_be_passed_over_is_refused(load: Callable[..., Any]) -> None:
+    model = load("llama", lora=HEAD)
+    model.get_output_embeddings().lora_dropout["default"] = torch.nn.Dropout(0.1)
+    with pytest.raises(ValueError, match="without dropout"):
+        model_head(model)

@@ -167,12 +167,15 @@ def test_micro_batches_do_not_change_the_update(
 
 
 def count_calls(policy: Policy, work: Callable[[], object]) -> int:
-    """How often the policy is asked for log-probs."""
+    """How often the policy is asked for log-probs or a loss of them."""
     asked = []
-    original = policy.logprobs
-    policy.logprobs = lambda *arguments: (asked.append(1), original(*arguments))[1]  # type: ignore[method-assign]
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **inputs: (asked.append(1), original(*arguments, **inputs))[1]
+
+    policy.logprobs, policy.loss = counted(policy.logprobs), counted(policy.loss)
     work()
-    policy.logprobs = original  # type: ignore[method-assign]
+    del policy.logprobs, policy.loss
     return len(asked)
 
 

@@ -55,14 +55,15 @@ def digest(model: torch.nn.Module) -> str:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for every call of `Policy.logprobs` and `Policy.sample`."""
+    """One entry for every call of `Policy.logprobs`, `Policy.loss` and `Policy.sample`."""
     made: list[str] = []
 
     def count(name: str) -> None:
         original = getattr(Policy, name)
-        monkeypatch.setattr(Policy, name, lambda *arguments: (made.append(name), original(*arguments))[1])
+        monkeypatch.setattr(Policy, name, lambda *a, **k: (made.append(name), original(*a, **k))[1])
 
     count("logprobs")
+    count("loss")
     count("sample")
     return made
 
