@@ -5,6 +5,7 @@ from .generate import Completion, generate
 from .model import load_model, load_tokenizer
 from .packing import Group, PackedRow, pack_groups
 from .sampling import Sampling
+from .vocab_parallel import vocab_parallel_logprob
 
 __all__ = [
     "Completion",
@@ -18,4 +19,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "pack_groups",
+    "vocab_parallel_logprob",
 ]

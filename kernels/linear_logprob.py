@@ -125,6 +125,7 @@ def scores_of(
     softcap: float | None,
     low_hidden: Tensor | None = None,
     low_weight: Tensor | None = None,
+    first: int = 0,
 ) -> Scores:
     """The arguments of `linear_logprob` as `Scores`, detached."""
     wide = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -134,7 +135,7 @@ def scores_of(
         heat = torch.full((hidden.shape[0],), temperature, dtype=wide, device=hidden.device)
     detached = (None if x is None else x.detach() for x in (hidden, weight, targets, bias, low_hidden, low_weight))
     hidden, weight, targets, bias, low_hidden, low_weight = detached  # pyright: ignore[reportAssignmentType]
-    return Scores(hidden, weight, targets, heat, bias, softcap, low_hidden, low_weight)
+    return Scores(hidden, weight, targets, heat, bias, softcap, low_hidden, low_weight, first)
 
 
 def backend_of(name: str, hidden: Tensor, weight: Tensor) -> ModuleType:
@@ -197,8 +198,11 @@ class _TwoPass(torch.autograd.Function):
         return made.hidden, made.weight, None, made.bias, None, None, made.low_hidden, made.low_weight, None
 
 
-def backward(backend: ModuleType, scores: Scores, stats: Stats, upstream: Upstream, wanted: Wanted) -> Gradients:
-    """All that `wanted` names; rows without an upstream gradient aren't computed and get zero."""
+def backward(
+    backend: ModuleType, scores: Scores, stats: Stats, upstream: Upstream, wanted: Wanted, *, wide_left: bool = False
+) -> Gradients:
+    """All that `wanted` names; rows without an upstream gradient aren't computed and get zero. `wide_left` leaves the
+    hidden side unrounded, for sums over ranks."""
     live = upstream.live()
     some = len(live) < len(scores)
     n, scores_live = len(scores), scores.rows(live) if some else scores
@@ -209,7 +213,7 @@ def backward(backend: ModuleType, scores: Scores, stats: Stats, upstream: Upstre
     made = blocks(len(live), scores.vocab, *backend.block(scores_live, rows_first), rows_first=rows_first)
     unit = backend.unit(scores_live, upstream)
     upstream = upstream if unit is None else Upstream(*(x / unit for x in upstream))
-    sums = Sums(len(live), scores_live, wanted, left_whole=made.left_whole, right_whole=made.right_whole, unit=unit)
+    sums = Sums(len(live), scores_live, wanted, left_whole=made.left_whole, right_whole=made.right_whole, unit=unit, wide_left=wide_left)
     for rows, columns in made.slices:
         part = scores_live.rows(rows)
         dx = backend.gradient(part, stats.rows(rows), upstream.rows(rows), columns.start, columns.stop)

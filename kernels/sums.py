@@ -64,10 +64,12 @@ def blocks(n: int, vocab: int, rows: int, columns: int, *, rows_first: bool) -> 
 class Sum:
     """One gradient [n, k] of `dtype`: its rows are added to in blocks, in `wide`."""
 
-    def __init__(self, n: int, like: Tensor, wide: torch.dtype, *, whole: bool, unit: Tensor | None) -> None:
-        self.dtype, self.wide, self.whole, self.unit = like.dtype, wide, whole, unit
+    def __init__(
+        self, n: int, like: Tensor, dtype: torch.dtype, wide: torch.dtype, *, whole: bool, unit: Tensor | None
+    ) -> None:
+        self.dtype, self.wide, self.whole, self.unit = dtype, wide, whole, unit
         # whole: the sum itself, rounded at the end. Else the result: each block of rows is rounded into it when done.
-        self.made = torch.zeros(n, like.shape[1], dtype=wide if whole else like.dtype, device=like.device)
+        self.made = torch.zeros(n, like.shape[1], dtype=wide if whole else dtype, device=like.device)
         self.rows: slice | None = None
         self.total: Tensor | None = None
 
@@ -99,18 +101,29 @@ class Sums:
     """The gradients of `Scores`, from blocks of dx in `unit`s (a 0-d power of two, so that fp16 holds small ones)."""
 
     def __init__(
-        self, n: int, scores: Scores, wanted: Wanted, *, left_whole: bool, right_whole: bool, unit: Tensor | None = None
+        self,
+        n: int,
+        scores: Scores,
+        wanted: Wanted,
+        *,
+        left_whole: bool,
+        right_whole: bool,
+        unit: Tensor | None = None,
+        wide_left: bool = False,
     ) -> None:
-        """For `n` rows of `scores`, of which only widths and dtypes are read."""
+        """For `n` rows of `scores`, of which only widths and dtypes are read; `wide_left` isn't rounded at the end."""
         vocab, wide = scores.vocab, scores.dtype
 
-        def new(like: Tensor | None, rows: int, on: bool, whole: bool) -> Sum | None:
-            return None if like is None or not on else Sum(rows, like, wide, whole=whole, unit=unit)
+        def left(like: Tensor | None, on: bool) -> Sum | None:
+            if like is None or not on:
+                return None
+            return Sum(n, like, wide if wide_left else like.dtype, wide, whole=left_whole, unit=unit)
 
-        self.hidden = new(scores.hidden, n, wanted.hidden, left_whole)
-        self.low_hidden = new(scores.low_hidden, n, wanted.low_hidden, left_whole)
-        self.weight = new(scores.weight, vocab, wanted.weight, right_whole)
-        self.low_weight = new(scores.low_weight, vocab, wanted.low_weight, right_whole)
+        def right(like: Tensor | None, on: bool) -> Sum | None:
+            return None if like is None or not on else Sum(vocab, like, like.dtype, wide, whole=right_whole, unit=unit)
+
+        self.hidden, self.low_hidden = left(scores.hidden, wanted.hidden), left(scores.low_hidden, wanted.low_hidden)
+        self.weight, self.low_weight = right(scores.weight, wanted.weight), right(scores.low_weight, wanted.low_weight)
         self.unit, self.bias = unit, None
         if wanted.bias and scores.bias is not None:
             self.bias = torch.zeros(vocab, dtype=wide, device=scores.hidden.device)
