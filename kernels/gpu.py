@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,12 +49,16 @@ class Tile:
         tile, nor does the tanh of a soft-cap (`capped`).
         """
         if capability == INTERPRETER:
-            return Tile(64, 128, 64, warps=4, stages=1, parts=2, tma=tma)
+            return replace(INTERPRETED, tma=tma)
         if dtype == torch.float32:
             return Tile(64, 64, 32, warps=4, stages=2)
         if capability >= HOPPER and tma:
             return Tile(128, 128 if capped else 256, 64, warps=8, stages=3, parts=2, tma=True)
         return Tile(128, 128, 32, warps=8, stages=4, parts=2)
+
+
+INTERPRETED = Tile(64, 128, 64, warps=4, stages=1, parts=2)
+"""Small, so that small tensors have edges; the interpreter's time goes by operations, not by their size."""
 
 
 def interpreted() -> bool:

@@ -28,6 +28,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [n, m] += left [n, k] right [k, m], in the dtype of `total`."""
     if _unrounded(left, right, total.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif left.dtype == right.dtype == total.dtype:
+        total.addmm_(left, right)
     else:
         for i in range(0, right.shape[0], TILE):
             part = slice(i, i + TILE)
