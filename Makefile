@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types direction size format layout base-model wheel python clean
+.PHONY: help setup old-triton demo test lint types direction size format layout base-model wheel bench bench-table gpu-wheels python clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +39,21 @@ $(READY): pyproject.toml setup.py
 		for name in $(PACKAGES); do ln -sfn ../../../$$name $$name; done
 	@touch $@
 
+# Kernels must compile with the oldest Triton we support too. It lies over .venv by PYTHONPATH, so that torch is there
+# once only; its interpreter needs a NumPy before 2.4. Order-only: a change of pyproject.toml is no reason to load it again.
+OLDEST_TRITON := 3.6.0
+OLDEST := $(VENV)/old-triton
+$(OLDEST)/.ready-$(OLDEST_TRITON): | $(READY)
+	@rm -rf $(OLDEST) && mkdir -p $(OLDEST)
+	@if [ "$$(uname -s)" = Linux ]; then \
+		echo "installing Triton $(OLDEST_TRITON) into $(OLDEST), beside the newer one (0.7 GB)"; \
+		$(QUIET_PIP) --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON) 'numpy>=2.3,<2.4' >$(VENV)/triton.log 2>&1 || \
+			{ cat $(VENV)/triton.log >&2; exit 1; }; \
+	fi
+	@touch $@
+
+old-triton: $(OLDEST)/.ready-$(OLDEST_TRITON) ## the oldest Triton that kernels must compile with (part of make test; Linux only)
+
 # glibc gives large freed blocks back at once and faults them in again; keeping them makes training a quarter faster.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
@@ -46,7 +61,7 @@ demo: setup ## train the demo from its base model and draw the picture (minutes 
 	@$(KEEP_MEMORY) $(BIN)/longreach demo
 
 # Every part runs even if one before it failed; pytest comes last, so that its closing line closes the output.
-test: setup ## lint, format, types, import direction, sizes, then every test
+test: setup old-triton ## lint, format, types, import direction, sizes, then every test
 	@failed=; for part in lint types direction size; do $(MAKE) --silent --no-print-directory $$part || failed="$$failed $$part"; done; \
 	[ -z "$$failed" ] || echo "FAILED before the tests:$$failed"; \
 	$(BIN)/python -P -m pytest -n 2 --dist loadgroup && [ -z "$$failed" ]
@@ -78,6 +93,24 @@ base-model: setup ## train again the base model that the demo starts from (at mo
 wheel: setup ## build dist/longreach-*.whl
 	@rm -rf build dist && $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
 		--wheel-dir dist . && ls dist
+
+bench: setup ## measure kernels and the step beside their peers, on the GPU if there is one; prints the table
+	@$(BIN)/longreach bench
+
+bench-table: setup ## bring README's table of measurements up to date with bench/results
+	@$(BIN)/python -m bench.table README.md --write
+
+# Peers in pure Python, for a GPU machine that can't install anything; bench/gpu.sh takes them from there. trl's own needs
+# (datasets, accelerate) stay behind where they are missing: its row is a gap then.
+WHEELS := bench/wheels
+PEERS := liger-kernel cut-cross-entropy trl quack-kernels peft accelerate pytest-benchmark py-cpuinfo
+WHEELS_MIB := 64
+gpu-wheels: setup ## download pure-Python peers for bench/gpu.sh into bench/wheels (ignored by git)
+	@rm -rf $(WHEELS) && mkdir -p $(WHEELS) && echo '*' >$(WHEELS)/.gitignore
+	@$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: \
+		--python-version 3.12 --platform any --dest $(WHEELS) $(PEERS)
+	@size=$$(du -sm $(WHEELS) | cut -f1); echo "$(WHEELS): $$size MiB, $$(ls $(WHEELS) | wc -l) wheels"; \
+	[ "$$size" -lt $(WHEELS_MIB) ] || { echo "error: more than $(WHEELS_MIB) MiB" >&2; exit 1; }
 
 python: ## print the Python that set-up would use
 	@$(FIND_PYTHON); echo "$$python"

@@ -16,6 +16,9 @@ atomics. Addresses are 64-bit. Any V and D: entries past the end are -inf before
 (TMA) load the tiles where the GPU has them and rows are multiples of 16 bytes, masked loads elsewhere.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (what triton.jit and tl.static_range make of a function and a loop is not typed)
+
 from __future__ import annotations
 
 from typing import Any

@@ -32,3 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         # One worker at a time on the GPU; elsewhere a file's tests share its fixtures, so they go to one worker.
         item.add_marker(pytest.mark.xdist_group("gpu" if gpu else item.nodeid.split("::")[0]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tables that tests recorded (`record_property("table", text)`), green or red."""
+    for report in (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())):
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.section(report.nodeid, "-")
+                terminalreporter.write_line(text)

@@ -21,9 +21,9 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 
 def run(interpret: str) -> None:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(CASES)]
-    if interpret == "0":
-        command.remove("-n0")  # a GPU machine may have pytest alone
+    # a GPU machine may have an older pytest, and none of its plugins
+    options = ["-o", "addopts=-q --import-mode=importlib", "-o", "minversion=8.0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-P", "-m", "pytest", *options, str(CASES)]
     env = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run(command, env=env, cwd=CASES.parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
