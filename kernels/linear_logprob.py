@@ -213,7 +213,15 @@ def backward(
     made = blocks(len(live), scores.vocab, *backend.block(scores_live, rows_first), rows_first=rows_first)
     unit = backend.unit(scores_live, upstream)
     upstream = upstream if unit is None else Upstream(*(x / unit for x in upstream))
-    sums = Sums(len(live), scores_live, wanted, left_whole=made.left_whole, right_whole=made.right_whole, unit=unit, wide_left=wide_left)
+    sums = Sums(
+        len(live),
+        scores_live,
+        wanted,
+        left_whole=made.left_whole,
+        right_whole=made.right_whole,
+        unit=unit,
+        wide_left=wide_left,
+    )
     for rows, columns in made.slices:
         part = scores_live.rows(rows)
         dx = backend.gradient(part, stats.rows(rows), upstream.rows(rows), columns.start, columns.stop)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..engine.model import load_tokenizer
+from .bench import run_bench
 from .config import dump
 from .console import Console
 from .curriculum import describe, phase_name
@@ -93,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)
+    # its options are its own parser's, so nothing is an option here: no argument begins with NUL
+    bench = commands.add_parser("bench", help="measure kernels beside their peers", add_help=False, prefix_chars="\0")
+    bench.add_argument("arguments", nargs="*")
+    bench.set_defaults(run=lambda known, _, __: run_bench(known.arguments))
     return parser
 
 
