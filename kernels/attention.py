@@ -11,10 +11,15 @@ Backends
     reference   one segment after the other, its scores in full: the oracle of the tests, any dtype and device
     blockwise   plain torch, online softmax over blocks, memory linear in T, any dtype and device
     cpu         torch's fused CPU operator, one call per rectangle of similar segments (see `segments`)
-    auto        cpu for fp32, bf16 and fp16 on a CPU; elsewhere blockwise; fp64: reference while small, else blockwise
+    triton      our kernels (`attention_triton`): NVIDIA GPUs, unrounded partial results, deterministic
+    flash       torch's FlashAttention-2 operator: bf16 and fp16, rounds partial results
+    cudnn       torch's cuDNN operator: as flash, head dimensions up to 128
+    auto        what was fastest on this kind of GPU (`attention_choice`); on a CPU cpu; fp64: reference while small,
+                else blockwise. The choice is logged once, by the logger longreach.attention
 
-Every backend sums in a fixed order, so two runs are bitwise equal and `deterministic` has nothing to change yet. Sums
-are fp32 (fp64 for fp64 inputs); asking for an fp32 `out_dtype` or `grad_dtype` of bf16 inputs gives unrounded partials.
+All but flash and cudnn sum in a fixed order, so two runs are bitwise equal; `deterministic` refuses those two (auto
+passes them over). Sums are fp32 (fp64 for fp64 inputs); asking for an fp32 `out_dtype` or `grad_dtype` of bf16 inputs
+gives unrounded partials. Autocast is ignored.
 Not differentiable by autograd: callers wrap forward and backward in one autograd function of their own.
 """
 
@@ -22,41 +27,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from . import attention_cuda
 from . import attention_dense as dense
+from .attention_choice import BACKENDS as BACKENDS
+from .attention_choice import ROW_BACKENDS, choose, compute_dtype, triton_backend
 from .segments import Rectangle, Side, assemble, plan
 
 Lengths = Tensor | Sequence[int]
 
-BACKENDS = ("auto", "reference", "blockwise", "cpu")
 _FORWARD = {
     "reference": dense.reference_forward,
     "blockwise": dense.blockwise_forward,
     "cpu": dense.cpu_forward,
+    "cudnn": attention_cuda.cudnn_forward,
 }
 _BACKWARD = {
     "reference": dense.reference_backward,
     "blockwise": dense.blockwise_backward,
     "cpu": dense.cpu_backward,
+    "cudnn": attention_cuda.cudnn_backward,
 }
-SMALL_SCORES = 1 << 22
-"""fp64 `auto` takes the reference up to this many scores in its largest segment, all heads counted."""
+_ROW_FORWARD = {
+    "flash": attention_cuda.flash_forward,
+    "triton": lambda *arguments: triton_backend().forward(*arguments),
+}
+_ROW_BACKWARD = {
+    "flash": attention_cuda.flash_backward,
+    "triton": lambda *arguments: triton_backend().backward(*arguments),
+}
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One checked call: bounds of the segments, scale, and the backend that will do it."""
+    """One checked call: bounds of the segments, and its scale."""
 
     bounds_q: tuple[int, ...]
     bounds_k: tuple[int, ...]
     causal: bool
     scale: float
-    backend: str
+
+    @property
+    def largest(self) -> int:
+        """Scores of the largest segment, one head."""
+        return max((b - a) * (d - c) for a, b, c, d in self.segments)
 
     @property
     def segments(self) -> list[tuple[int, int, int, int]]:
@@ -87,15 +106,17 @@ def forward(
     `out_dtype` q's dtype; lse is fp32 (fp64 for fp64). Raises ValueError for shapes that don't fit, for causal
     segments of unequal length, and for a backend that can't do the call (it names one that can).
     """
-    call = _check(q, k, v, causal, scale, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), backend)
+    call = _check(q, k, v, causal, scale, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
+    name = choose(backend, "forward", q, call.largest, deterministic)
     out_dtype = out_dtype or q.dtype
-    # the fused operator rounds its result to its inputs' dtype: partials asked for in fp32 are computed in fp32
-    dtype = torch.promote_types(q.dtype, out_dtype)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        if name in ROW_BACKENDS:
+            return _ROW_FORWARD[name](q, k, v, call.bounds_q, call.bounds_k, causal, call.scale, out_dtype)
+        dtype = compute_dtype(name, q, out_dtype)
         outs, lses = [], []
-        for rect in _plan(call):
+        for rect in _plan(call, name):
             b_q, b_k, b_v = (side.take(x).to(dtype) for side, x in ((rect.q, q), (rect.k, k), (rect.k, v)))
-            b_out, b_lse = _FORWARD[call.backend](b_q, b_k, b_v, causal, call.scale)
+            b_out, b_lse = _FORWARD[name](b_q, b_k, b_v, causal, call.scale)
             outs.append((rect.q, b_out))
             lses.append((rect.q, b_lse))
         lse_dtype = dense.accumulation_dtype(q.dtype)
@@ -127,28 +148,46 @@ def backward(
     gradients add up. Ask for `grad_dtype=torch.float32` where such a sum follows (default: q's dtype). Other
     arguments and errors as in `forward`.
     """
-    call = _check(q, k, v, causal, scale, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), backend)
+    call = _check(q, k, v, causal, scale, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
     if dout.shape != q.shape or out.shape != q.shape or lse.shape != (q.shape[1], q.shape[0]):
         raise ValueError(
             f"dout {tuple(dout.shape)} and out {tuple(out.shape)} must have q's shape {tuple(q.shape)}, "
             f"and lse {tuple(lse.shape)} must be [H, T] = {(q.shape[1], q.shape[0])}"
         )
+    name = choose(backend, "backward", q, call.largest, deterministic)
     grad_dtype = grad_dtype or q.dtype
-    dtype = torch.promote_types(torch.promote_types(q.dtype, grad_dtype), out.dtype)
-    with torch.no_grad():
-        lse_TH = lse.t().to(dense.accumulation_dtype(dtype))
-        dqs, dks, dvs = [], [], []
-        for rect in _plan(call):
-            b_do, b_q, b_out = (rect.q.take(x).to(dtype) for x in (dout, q, out))
-            b_k, b_v = (rect.k.take(x).to(dtype) for x in (k, v))
-            b_lse = rect.q.take(lse_TH, fill=math.inf)
-            dq, dk, dv = _BACKWARD[call.backend](b_do, b_q, b_k, b_v, b_out, b_lse, causal, call.scale)
-            dqs.append((rect.q, dq))
-            dks.append((rect.k, dk))
-            dvs.append((rect.k, dv))
-        parts = ((dqs, q), (dks, k), (dvs, v))
-        dq, dk, dv = (assemble(grads, x.shape, grad_dtype, x, 0.0) for grads, x in parts)
-        return dq, dk, dv
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        if name in ROW_BACKENDS:
+            tensors, bounds = (dout, q, k, v, out, lse), (call.bounds_q, call.bounds_k)
+            return _ROW_BACKWARD[name](*tensors, *bounds, causal, call.scale, grad_dtype)
+        return _by_rectangles(call, name, dout, q, k, v, out, lse, grad_dtype)
+
+
+def _by_rectangles(
+    call: _Call,
+    name: str,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(name, q, torch.promote_types(grad_dtype, out.dtype))
+    lse_TH = lse.t().to(dense.accumulation_dtype(dtype))
+    dqs, dks, dvs = [], [], []
+    for rect in _plan(call, name):
+        b_do, b_q, b_out = (rect.q.take(x).to(dtype) for x in (dout, q, out))
+        b_k, b_v = (rect.k.take(x).to(dtype) for x in (k, v))
+        b_lse = rect.q.take(lse_TH, fill=math.inf)
+        dq, dk, dv = _BACKWARD[name](b_do, b_q, b_k, b_v, b_out, b_lse, call.causal, call.scale)
+        dqs.append((rect.q, dq))
+        dks.append((rect.k, dk))
+        dvs.append((rect.k, dv))
+    parts = ((dqs, q), (dks, k), (dvs, v))
+    dq, dk, dv = (assemble(grads, x.shape, grad_dtype, x, 0.0) for grads, x in parts)
+    return dq, dk, dv
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,8 +206,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out.to(torch.promote_types(out_a.dtype, out_b.dtype)), lse
 
 
-def _plan(call: _Call) -> tuple[Rectangle, ...]:
-    if call.backend != "reference":
+def _plan(call: _Call, name: str) -> tuple[Rectangle, ...]:
+    if name != "reference":
         return plan(call.bounds_q, call.bounds_k, call.causal)
     # the oracle shares no layout with what it judges: each segment alone
     return tuple(Rectangle(Side(1, b - a, a), Side(1, d - c, c)) for a, b, c, d in call.segments if b > a and d > c)
@@ -182,7 +221,6 @@ def _check(
     scale: float | None,
     cu_seqlens: tuple[Lengths | None, Lengths | None],
     max_seqlens: tuple[int | None, int | None],
-    backend: str,
 ) -> _Call:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -204,8 +242,7 @@ def _check(
             "causal attention needs equal query and key lengths in each segment; use causal=False for others"
         )
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    call = _Call(bounds_q, bounds_k, causal, scale, backend)
-    return replace(call, backend=_choose(call, q))
+    return _Call(bounds_q, bounds_k, causal, scale)
 
 
 def _bounds(lengths: Lengths | None, total: int, longest: int | None, side: str) -> tuple[int, ...]:
@@ -221,17 +258,3 @@ def _bounds(lengths: Lengths | None, total: int, longest: int | None, side: str)
             f"max_seqlen_{side} is {longest}, but a segment has {max(steps)} tokens: raise it or leave it out"
         )
     return bounds
-
-
-def _choose(call: _Call, q: Tensor) -> str:
-    backend, on_cpu = call.backend, q.device.type == "cpu"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}: choose from {', '.join(BACKENDS)}")
-    if backend == "cpu" and not on_cpu:
-        raise ValueError(f"attention backend 'cpu' needs CPU tensors, got {q.device}: use 'blockwise' or 'auto'")
-    if backend != "auto":
-        return backend
-    if q.dtype != torch.float64:
-        return "cpu" if on_cpu else "blockwise"
-    largest = max((b - a) * (d - c) for a, b, c, d in call.segments)
-    return "reference" if largest * q.shape[1] <= SMALL_SCORES else "blockwise"

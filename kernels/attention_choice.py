@@ -1,0 +1,102 @@
+"""Which backend does a call of `attention`: what can, and of those what was fastest on that kind of GPU.
+
+On a GPU that no row was measured on, our Triton kernel goes first: it alone hands out unrounded partial results, and
+is bitwise repeatable. Forward and backward are chosen apart, since a backward takes any out and lse.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention_cuda
+
+BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "flash", "cudnn")
+ROW_BACKENDS = frozenset({"triton", "flash"})
+"""These take a whole row of segments; the others a rectangle of equal segments at a time."""
+UNMEASURED = ("triton", "flash", "blockwise")
+MEASURED: dict[str, dict[str, tuple[str, ...]]] = {}
+"""GPU name -> pass ("forward", "backward") -> backends, fastest first, as bench/results/ has it. None is measured yet."""
+SMALL_SCORES = 1 << 22
+"""fp64 `auto` takes the reference up to this many scores in its largest segment, all heads counted."""
+
+log = logging.getLogger("longreach.attention")
+
+
+def choose(name: str, stage: str, q: Tensor, largest: int, deterministic: bool = False) -> str:
+    """The backend `name` stands for in `stage` (forward or backward) of a call whose largest segment has `largest`
+    scores. ValueError if it is unknown or can't do the call; it names one that can."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
+    if name != "auto":
+        reason = unsuited(name, q) or _unordered(name, stage, deterministic)
+        if reason:
+            way_out = _automatic(stage, q, largest, deterministic)
+            raise ValueError(f"attention backend {name!r} can't do this: {reason}; use {way_out!r} or 'auto'")
+        return name
+    chosen = _automatic(stage, q, largest, deterministic)
+    _say(stage, chosen, str(q.device.type), q.dtype, q.shape[-1])
+    return chosen
+
+
+def unsuited(name: str, q: Tensor) -> str | None:
+    """Why a backend can't take such queries (keys and values are like them), None if it can."""
+    if name == "cpu":
+        return None if q.device.type == "cpu" else f"it needs CPU tensors and these are on {q.device}"
+    checks: dict[str, Callable[[Tensor], str | None]] = {
+        "flash": attention_cuda.unsuited,
+        "cudnn": attention_cuda.unsuited_cudnn,
+        "triton": _unsuited_triton,
+    }
+    return checks[name](q) if name in checks else None
+
+
+def triton_backend() -> Any:
+    """The module of our kernel; imported where it is used, since it needs Triton."""
+    from . import attention_triton
+
+    return attention_triton
+
+
+def _unsuited_triton(q: Tensor) -> str | None:
+    try:
+        return triton_backend().unsuited(q)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "Triton isn't installed"
+
+
+def _unordered(name: str, stage: str, deterministic: bool) -> str | None:
+    if deterministic and stage == "backward" and name in ("flash", "cudnn"):
+        return "its backward sums in no fixed order, and deterministic=True was asked for"
+    return None
+
+
+def _automatic(stage: str, q: Tensor, largest: int, deterministic: bool) -> str:
+    if q.dtype == torch.float64:
+        return "reference" if largest * q.shape[1] <= SMALL_SCORES else "blockwise"
+    if q.device.type == "cpu":
+        return "cpu"
+    if not q.is_cuda:
+        return "blockwise"
+    order = MEASURED.get(torch.cuda.get_device_name(q.device), {}).get(stage, UNMEASURED)
+    able = (name for name in order if not (unsuited(name, q) or _unordered(name, stage, deterministic)))
+    return next(able, "blockwise")
+
+
+@lru_cache(maxsize=64)
+def _say(stage: str, chosen: str, device: str, dtype: torch.dtype, width: int) -> None:
+    """Once for each kind of call."""
+    log.info("attention %s on %s, %s, head dimension %d: %s", stage, device, dtype, width, chosen)
+
+
+def compute_dtype(name: str, q: Tensor, wanted: torch.dtype) -> torch.dtype:
+    """What a rectangle is computed in where results in `wanted` are asked for: cuDNN knows half precision alone; the
+    fused CPU operator rounds its result to its inputs' dtype, so partial results in fp32 are computed in fp32."""
+    return q.dtype if name == "cudnn" else torch.promote_types(q.dtype, wanted)
