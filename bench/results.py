@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ def measured(rows: Iterable[Row], sources: str) -> set[tuple[str, ...]]:
     return {identity(row) for row in same if row["status"] == "measured" or row["reason"].startswith(CRASHED)}
 
 
-def fingerprint(root: Path = ROOT) -> str:
-    """Of every Python file in kernels/ and engine/: 12 hex digits."""
+def fingerprint(root: Path = ROOT, folders: Sequence[str] = ("kernels", "engine")) -> str:
+    """Of every Python file in the folders: 12 hex digits."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("kernels", "engine") for path in (root / folder).rglob("*.py")):
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name in ("check", *STAGES):
         seed(options.out / f"gpu-{name}.json")
-    refusal = "" if options.stage == "check" else red(load_check(options.out), results.fingerprint())
+    refusal = "" if options.stage == "check" else red(load_check(options.out), checked())
     if not refusal and not torch.cuda.is_available():
         refusal = "there is no CUDA device here"
     if refusal:
@@ -80,12 +81,20 @@ def load_check(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def red(record: Mapping[str, Any] | None, sources: str) -> str:
+def checked() -> dict[str, Any]:
+    """What a check is good for: these sources and tests, on this device with these packages."""
+    now = results.conditions("cuda" if torch.cuda.is_available() else "cpu")
+    tests = results.fingerprint(folders=("tests/kernels", "tests/engine"))
+    return {**{name: now[name] for name in ("sources", "device", "torch", "triton")}, "tests": tests}
+
+
+def red(record: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     """Why nothing may be measured, or ""."""
     if record is None:
         return "the GPU tests have not been run: bench/gpu.sh check"
-    if record["sources"] != sources:
-        return f"the GPU tests were run on other sources (commit {record['commit']}): bench/gpu.sh check"
+    other = [f"{name} ({record.get(name)}, now {value})" for name, value in now.items() if record.get(name) != value]
+    if other:
+        return f"the GPU tests were run with other {', '.join(other)}: bench/gpu.sh check"
     if not record["green"]:
         return f"the GPU tests are red ({record['summary']}): a fast wrong kernel is not worth measuring"
     return ""
@@ -97,17 +106,28 @@ def check(folder: Path, conditions: Mapping[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as work:
         report = Path(work) / "report.xml"
         try:
-            code = subprocess.run(pytest_command(report), cwd=results.ROOT, timeout=LIMIT_S - 30).returncode
+            code = run_group(pytest_command(report), LIMIT_S - 30)
         except subprocess.TimeoutExpired:
             code = 124
         counts = count(report)
-    record = verdict(code, counts) | {"seconds": round(time.monotonic() - started), **conditions}
+    record = verdict(code, counts) | {"seconds": round(time.monotonic() - started), **conditions, **checked()}
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{CHECK}.unfinished"
     aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, folder / CHECK)
     print(f"{'green' if record['green'] else 'red'}: {record['summary']}")
     return int(not record["green"])
+
+
+def run_group(command: Sequence[str], seconds: float) -> int:
+    """Exit status; past its time the command is killed with all it started, which would keep the GPU."""
+    process = subprocess.Popen(command, cwd=results.ROOT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def pytest_command(report: Path) -> list[str]:

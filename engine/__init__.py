@@ -5,6 +5,7 @@ from .generate import Completion, generate
 from .model import load_model, load_tokenizer
 from .packing import Group, PackedRow, pack_groups
 from .sampling import Sampling
+from .sequences import group_sequences
 from .vocab_parallel import vocab_parallel_logprob
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "completion_logprobs",
     "completion_policy_loss",
     "generate",
+    "group_sequences",
     "load_model",
     "load_tokenizer",
     "pack_groups",

@@ -127,8 +127,13 @@ def _attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
-    with torch.autocast(query.device.type, enabled=False):  # the kernels choose their own precision
-        return layout.attend(layer, q_THE, k_TKE, v_TKE, scale).unsqueeze(0), None
+    return _attend(layout, layer, q_THE, k_TKE, v_TKE, scale).unsqueeze(0), None
+
+
+@torch.compiler.disable(reason="the lengths of segments steer Python: traced, every row would be compiled anew")
+def _attend(layout: Layout, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, scale: float) -> Tensor:
+    with torch.autocast(q_THE.device.type, enabled=False):  # the kernels choose their own precision
+        return layout.attend(layer, q_THE, k_TKE, v_TKE, scale)
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

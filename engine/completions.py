@@ -8,6 +8,7 @@ only in `linear_logprob`, so no [T, V] tensor exists.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..kernels import LogProbs, LowRank, PolicyLoss, linear_logprob, linear_policy_loss
 from .attention import Layout, SharedPrefix
-from .packing import Group, one_row, unshared
+from .packing import Group, PackedRow, one_row, phase_pieces, unshared
+from .three_phase import three_phases
 
 _TILE = 8192
 """Vocabulary entries whose half-precision weights are widened at once."""
@@ -29,6 +31,7 @@ def completion_hidden(
     shared_prefix: bool = True,
     backend: str = "auto",
     mesh: None = None,
+    budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Final hidden rows that predict each completion token, and those tokens.
 
@@ -37,21 +40,38 @@ def completion_hidden(
         shared_prefix: False repeats the prompt for each completion: the same values, G times the prompt's work.
         backend: of `longreach.kernels.attention`.
         mesh: sequence parallelism; None is one device, the only form so far.
+        budget: tokens of a row. A single group over it is computed in three phases (`three_phase`): the same values,
+            in the memory that a row of so many tokens takes with checkpointed layers. None: one row, however long.
 
     Returns:
         hidden [N, D] in the model's dtype, differentiable; targets [N]; N = sum of R_i in group, completion, token
         order.
 
     Raises:
-        ValueError: no groups.
+        ValueError: no groups; several over the budget; one for which it is too small.
     """
     if mesh is not None:
         raise ValueError("sequence parallelism is not available yet: pass mesh=None")
     if not groups:
         raise ValueError("no groups: hand at least one prompt")
     row = one_row(groups if shared_prefix else unshared(groups))
+    if budget is not None and row.tokens > budget:
+        return _over_budget(model, row, backend, budget)
     hidden_TD = decode(model, row.input_ids(), row.position_ids(), SharedPrefix(row, backend))
     return hidden_TD.index_select(0, row.loss_rows().to(hidden_TD.device)), row.targets().to(hidden_TD.device)
+
+
+def _over_budget(model: PreTrainedModel, row: PackedRow, backend: str, budget: int) -> tuple[Tensor, Tensor]:
+    if len(row.groups) > 1:
+        raise ValueError(
+            f"{len(row.groups)} groups of {row.tokens} tokens together are over the budget of {budget}: only a single "
+            "group with a shared prefix can be computed in three phases; make rows with pack_groups"
+        )
+    [group] = list(row.groups)
+    parameters = [p for p in model.get_decoder().parameters() if p.requires_grad]
+    hidden = three_phases(partial(decode, model), parameters, group, phase_pieces(group, budget), backend)
+    before = row.prompt_tokens - 1  # rows that no completion token hangs on, and that don't come back
+    return hidden.index_select(0, (row.loss_rows() - before).to(hidden.device)), row.targets().to(hidden.device)
 
 
 def completion_logprobs(
@@ -62,12 +82,15 @@ def completion_logprobs(
     shared_prefix: bool = True,
     backend: str = "auto",
     mesh: None = None,
+    budget: int | None = None,
 ) -> LogProbs:
     """Log-probs, entropies and log-normalisers of every completion token at `temperature`, fp32 [N], differentiable.
 
     Arguments and errors as `completion_hidden`. The head is computed in fp32, under autocast too.
     """
-    hidden_ND, targets_N = completion_hidden(model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh)
+    hidden_ND, targets_N = completion_hidden(
+        model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh, budget=budget
+    )
     head = model_head(model)
     return linear_logprob(hidden_ND, head.weight_VD, targets_N, temperature=temperature, **head.options())
 
@@ -84,6 +107,7 @@ def completion_policy_loss(
     shared_prefix: bool = True,
     backend: str = "auto",
     mesh: None = None,
+    budget: int | None = None,
     **options: Any,
 ) -> PolicyLoss:
     """The policy loss of the groups' completions, of each token one [N] entry in group, completion, token order.
@@ -92,7 +116,9 @@ def completion_policy_loss(
     `old_logp` (None: on-policy), `advantages` and the tensors among `options` are [N] on the model's device; a
     completion is a sequence. Errors as of both.
     """
-    hidden_ND, targets_N = completion_hidden(model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh)
+    hidden_ND, targets_N = completion_hidden(
+        model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh, budget=budget
+    )
     head = model_head(model)
     lengths = torch.tensor([len(c) for group in groups for c in group.completions], device=targets_N.device)
     return linear_policy_loss(

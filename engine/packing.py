@@ -33,9 +33,9 @@ class Group:
     completions: Sequence[Tensor]
 
     def __post_init__(self) -> None:
-        _check_ids("prompt_ids", self.prompt_ids)
+        check_ids("Group.prompt_ids", self.prompt_ids)
         for i, completion in enumerate(self.completions):
-            _check_ids(f"completions[{i}]", completion)
+            check_ids(f"Group.completions[{i}]", completion)
         if not len(self.prompt_ids):
             raise ValueError("Group.prompt_ids is empty: the first completion token needs a token that predicts it")
 
@@ -136,20 +136,76 @@ def unshared(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
-def pack_groups(groups: Sequence[Group], budget: int) -> list[PackedRow]:
+def pack_groups(groups: Sequence[Group], budget: int, *, three_phases: bool = False) -> list[PackedRow]:
     """Packs groups, in order of decreasing size, into rows of at most `budget` tokens (first fit).
 
     A group over the budget is split over several rows that each repeat its prompt: exact, since gradients add.
     Linear in tokens; groups x rows comparisons of integers.
 
+    Args:
+        three_phases: where it costs less, leave such a group whole instead, in a row of its own that is over the
+            budget: it is for `completion_hidden` and its kin with the same `budget`.
+
     Raises:
         ValueError: a prompt with its longest completion does not fit into `budget`.
     """
-    pieces = [piece for index, group in enumerate(groups) for piece in _split(index, group, budget)]
+    pieces = [
+        piece
+        for index, group in enumerate(groups)
+        for piece in (
+            [(group, index, list(range(len(group.completions))))]
+            if three_phases and three_phases_pay(group, budget)
+            else _split(index, group, budget)
+        )
+    ]
     return [
         PackedRow(tuple(pieces[i][0] for i in row), tuple((pieces[i][1], c) for i in row for c in pieces[i][2]))
         for row in _first_fit([piece[0].tokens for piece in pieces], budget)
     ]
+
+
+KEPT = 1.5
+"""What three phases hold of a prompt beside its row, in tokens of a row for each of its tokens: keys and values of every
+layer with the fp32 sums of their gradients are 2 K E (2 + 4) bytes, and a checkpointed layer holds 2 D of a token; this
+is for K E = D / 4, as in Qwen3-8B and Llama-3-8B."""
+
+
+def three_phases_pay(group: Group, budget: int) -> bool:
+    """Whether a group over the budget costs less in three phases than in rows that each repeat its prompt.
+
+    They must fit, (1 + KEPT) P and the longest completion: over the budget and fitting means that the completions
+    outweigh the prompt by half and more. The cost, in forward passes F of the prompt and of all completions, with
+    checkpointed layers (a backward is two forwards, and they are computed again): n rows are 4 (n F_P + F_C), three
+    phases 4 F_P + 5 F_C, their completions being forwarded once more. F_C / F_P is sum(R) / P in the linear layers
+    and (2 P sum(R) + sum(R^2)) / P^2 in attention; the larger stands for both, so that a yes holds for any model.
+    """
+    prompt, lengths = len(group.prompt_ids), [len(c) for c in group.completions]
+    if group.tokens <= budget or phase_room(group, budget) < max(lengths, default=0):
+        return False
+    rows = len(_first_fit(lengths, budget - prompt))
+    ratio = (2 * prompt * sum(lengths) + sum(n * n for n in lengths)) / prompt**2
+    return ratio < 4 * (rows - 1)
+
+
+def phase_room(group: Group, budget: int) -> int:
+    """Completion tokens that three phases may compute at once under a budget of row tokens."""
+    return int(budget - (1 + KEPT) * len(group.prompt_ids))
+
+
+def phase_pieces(group: Group, budget: int) -> list[list[int]]:
+    """Which completions three phases compute together.
+
+    Raises:
+        ValueError: the budget can't hold the prompt, what is kept of it and the longest completion.
+    """
+    room, longest = phase_room(group, budget), max((len(c) for c in group.completions), default=0)
+    if longest > room:
+        raise ValueError(
+            f"a prompt of {len(group.prompt_ids)} tokens with a completion of {longest} does not fit into a budget of "
+            f"{budget} tokens in three phases, which hold {1 + KEPT} times the prompt: split the group with "
+            "pack_groups, or raise the budget"
+        )
+    return [sorted(piece) for piece in _first_fit([len(c) for c in group.completions], room)]
 
 
 def _split(index: int, group: Group, budget: int) -> list[tuple[Group, int, list[int]]]:
@@ -181,11 +237,12 @@ def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     return bins
 
 
-def _check_ids(name: str, ids: object) -> None:
+def check_ids(name: str, ids: object) -> None:
+    """Raises ValueError for what isn't a row of token ids."""
     if not isinstance(ids, Tensor):
-        raise ValueError(f"Group.{name} must be a LongTensor of one dimension, not {type(ids).__name__}")
+        raise ValueError(f"{name} must be a LongTensor of one dimension, not {type(ids).__name__}")
     if ids.ndim != 1 or ids.dtype != torch.long:
-        raise ValueError(f"Group.{name} must be a LongTensor of one dimension, not {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"{name} must be a LongTensor of one dimension, not {ids.dtype} {tuple(ids.shape)}")
 
 
 def _bounds(lengths: Sequence[int]) -> Tensor:

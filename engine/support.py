@@ -38,6 +38,24 @@ def refuse_config(config: PreTrainedConfig, path: str | Path) -> None:
         )
     if getattr(text, "attn_logit_softcapping", None):
         raise ValueError(f"{path} caps its attention scores ({text.attn_logit_softcapping}): not supported")
+    _refuse_by_length(text, path)
+    if getattr(text, "output_router_logits", False):
+        raise ValueError(
+            f"{path} asks for a load-balancing loss of its experts (output_router_logits), and none is added here: a "
+            "shared prompt would count in it once instead of once for each completion; set output_router_logits to false"
+        )
+
+
+def _refuse_by_length(text: PreTrainedConfig, path: str | Path) -> None:
+    """Positions that turn by the longest sequence of a call: in a packed row, by another completion's length."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some models have one a layer type
+    kinds = sorted({part["rope_type"] for part in parts if part.get("rope_type") in ("dynamic", "longrope")})
+    if kinds:
+        raise ValueError(
+            f"{path} stretches its positions by the length of what it is given (rope_type {kinds[0]!r}), so a completion "
+            "in a packed row would get another's positions: not supported; yarn, llama3 and linear are"
+        )
 
 
 def refuse_model(model: PreTrainedModel, path: str | Path) -> None:

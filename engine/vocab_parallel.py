@@ -45,9 +45,18 @@ def vocab_parallel_logprob(
 
     Raises ValueError as `linear_logprob`, for the reference backend, and where ranks differ in N.
     """
-    name = _check(hidden, weight, targets, bias, temperature, softcap, lora, backend)
-    counts, work = _share(torch.tensor([weight.shape[0], hidden.shape[0]], device=hidden.device), group)
+    name, problem = "", None
+    try:
+        name = _check(hidden, weight, targets, bias, temperature, softcap, lora, backend)
+    except ValueError as error:
+        problem = error  # raised after the others have heard of it: they would wait for this rank for ever
+    mine = torch.tensor([weight.shape[0], hidden.shape[0], int(problem is None)], device=hidden.device)
+    counts, work = _share(mine, group)
     work.wait()
+    if problem is not None:
+        raise problem
+    if not counts[:, 2].all():
+        raise ValueError(f"ranks {(counts[:, 2] == 0).nonzero().flatten().tolist()} of the group refused their input")
     if len(set(counts[:, 1].tolist())) > 1:
         raise ValueError(f"the ranks hand in {counts[:, 1].tolist()} rows: all must hand in the same")
     _check_targets(targets, int(counts[:, 0].sum()))

@@ -59,7 +59,7 @@ _ROW_FORWARD = {
 }
 _ROW_BACKWARD = {
     "flash": attention_cuda.flash_backward,
-    "triton": lambda *arguments: triton_backend().backward(*arguments),
+    "triton": lambda *arguments: triton_backend().backward(*arguments, deterministic=True),  # it always is
 }
 
 

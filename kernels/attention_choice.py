@@ -65,7 +65,7 @@ def triton_backend() -> Any:
 
 def _unsuited_triton(q: Tensor) -> str | None:
     try:
-        return triton_backend().unsuited(q)
+        return triton_backend().unsuited(q, q, q)  # keys and values are like queries in what it looks at
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

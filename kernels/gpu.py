@@ -52,7 +52,7 @@ class Tile:
             return replace(INTERPRETED, tma=tma)
         if dtype == torch.float32:
             return Tile(64, 64, 32, warps=4, stages=2)
-        if capability >= HOPPER and tma:
+        if HOPPER <= capability < CONSUMER_BLACKWELL and tma:
             return Tile(128, 128 if capped else 256, 64, warps=8, stages=3, parts=2, tma=True)
         return Tile(128, 128, 32, warps=8, stages=4, parts=2)
 
@@ -111,3 +111,61 @@ def _unsuited_gpu(device: torch.device) -> str | None:
     if capability(device) < OLDEST:
         return f"compute capability {capability(device)} is below {OLDEST}"
     return None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Of one attention kernel: `rows` queries against `columns` keys a turn, `edge` where pairs have to be masked."""
+
+    rows: int
+    columns: int
+    edge: int
+    warps: int = 8
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """The blocks of attention's kernels: forward, dk and dv (`keys`), dq (`queries`). width: the head dim, padded."""
+
+    width: int
+    tma: bool
+    forward: Block
+    keys: Block
+    queries: Block
+
+    @staticmethod
+    def of(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> AttentionTiles:
+        """For a GPU of this capability. None of it depends on lengths: a row's bits stay the same in any company."""
+        width = 1 << (head_dim - 1).bit_length()
+        step = max(width, 64)
+        if capability == INTERPRETER:
+            # descriptors where a GPU with them would use them, so that both ways of loading are interpreted
+            return AttentionTiles(width, dtype != torch.float32, *[Block(32, 32, 16)] * 3)
+        if dtype == torch.float32:
+            return AttentionTiles(width, False, *[Block(32, 16, 16)] * 3)
+        if HOPPER <= capability < CONSUMER_BLACKWELL:
+            blocks = _HOPPER[step] if capability < BLACKWELL else _BLACKWELL[step]
+            return AttentionTiles(width, True, *blocks)
+        return AttentionTiles(width, False, *(_SMALL if step == 256 and capability != OLDEST else _AMPERE[step]))
+
+
+BLACKWELL, CONSUMER_BLACKWELL = (10, 0), (12, 0)
+"""The first has tensor memory for the products' sums; the second has Ampere's tensor cores and 99 KB of shared memory."""
+_AMPERE = {
+    64: (Block(128, 64, 32), Block(64, 128, 16), Block(128, 64, 32)),
+    128: (Block(128, 64, 32), Block(64, 64, 32), Block(128, 32, 16)),
+    256: (Block(64, 64, 32), Block(32, 32, 16), Block(64, 32, 16)),
+}
+_SMALL = (Block(64, 32, 16), Block(32, 32, 16), Block(32, 32, 16))
+"""A head dim of 256 in 99 KB of shared memory."""
+_HOPPER = {
+    64: (Block(128, 128, 64, stages=3), Block(64, 128, 32), Block(128, 128, 64)),
+    128: (Block(128, 128, 64), Block(64, 128, 32), Block(128, 64, 32, stages=3)),
+    256: (Block(128, 64, 32), Block(32, 64, 16), Block(64, 32, 16)),
+}
+_BLACKWELL = {
+    64: (_HOPPER[64][0], Block(64, 128, 32, stages=1), _HOPPER[64][2]),
+    128: (_HOPPER[128][0], Block(64, 128, 32, stages=1), _HOPPER[128][2]),
+    256: (_HOPPER[256][0], Block(32, 64, 16, stages=1), _HOPPER[256][2]),
+}

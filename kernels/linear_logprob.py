@@ -21,12 +21,14 @@ else chunked.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from . import linear_logprob_torch
 from .scores import Scores, Stats, Upstream, finish
@@ -67,7 +69,7 @@ def linear_logprob(
     hidden [N, D] and weight [V, D] floating, targets [N] integers in [0, V), bias [V], temperature a float or [N] (no
     gradient flows into it), lora an adapter on the weight. Gradients go to hidden, weight, bias and the adapter in
     their own dtypes. N = 0 is legal. Autocast is ignored: a head in fp32 is computed in fp32. Deterministic; the Triton
-    backend gives a row the same bits whatever other rows there are. Raises ValueError for shapes that don't fit,
+    backend gives a row the same bits whatever other rows there are (without an adapter). Raises ValueError for shapes that don't fit,
     targets outside the vocabulary, temperature or softcap <= 0, a backend that is unknown or can't take these tensors,
     and a sharded (DTensor) input.
     """
@@ -113,7 +115,11 @@ def low_rank(hidden: Tensor, weight: Tensor, lora: LowRank | None, backend: str)
     wide = torch.promote_types(hidden.dtype, lora.down.dtype)
     wide = wide if rounded else torch.promote_types(wide, torch.float32)
     low, up = (hidden.to(wide) @ lora.down.to(wide).t()) * lora.scale, lora.up
-    return (low.to(weight.dtype), up.to(weight.dtype)) if rounded else (low, up)
+    if not rounded:
+        return low, up
+    # rows of multiples of 16 bytes, or a small rank would cost the whole product its descriptors
+    odd = -up.shape[1] % 8
+    return pad(low.to(weight.dtype), (0, odd)), pad(up.to(weight.dtype), (0, odd))
 
 
 def scores_of(
@@ -274,5 +280,5 @@ def check(
             raise ValueError(f"temperature must be a positive float or {n} positive values, one a row")
     elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy scores are those of temperature=1")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}; leave it out for none")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; leave it out for none")

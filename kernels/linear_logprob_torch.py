@@ -130,8 +130,9 @@ def _gradient(scores: Scores, stats: Stats, upstream: Upstream, z: Tensor, start
     z.add_(stats.entropy.unsqueeze(1)).mul_(-h).add_(l_up - g).masked_fill_(p == 0, 0.0).mul_(p)
     local, inside = _local(scores, start, z.shape[1])
     # at the target g (1 - p) is taken from its log-prob: 1 - p of a p near 1 would cancel
-    at_target = stats.logp.exp() * (upstream.lse - upstream.entropy * (stats.logp + stats.entropy))
-    at_target = at_target - upstream.logp * torch.special.expm1(stats.logp)
+    p_target = stats.logp.exp()
+    at_target = p_target * (upstream.lse - upstream.entropy * (stats.logp + stats.entropy))
+    at_target = torch.where(p_target > 0, at_target, 0.0) - upstream.logp * torch.special.expm1(stats.logp)
     at_target = torch.where(inside, at_target, z.gather(1, local.unsqueeze(1)).squeeze(1))
     z.scatter_(1, local.unsqueeze(1), at_target.unsqueeze(1))
     z.div_(heat)

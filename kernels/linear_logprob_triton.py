@@ -1,6 +1,6 @@
 """Scores fused with what is made of them, in Triton: the backend of NVIDIA GPUs. Formulas: linear_logprob.py.
 
-    partial        2 N D V operations; reads h and W, writes 12 bytes a row and tile of COLUMNS entries, merged in order
+    partial        2 N D V operations; reads h and W, writes 12 bytes a row and part of 64 or 128 entries, merged in order
     gradient       2 N D V; reads h and W, writes dx in the inputs' dtype: 2 N V bytes, one block at a time
     keep           2 N D V; as partial, and writes e = exp(z - the tile's peak) in the inputs' dtype: 2 N V bytes
     kept_gradient  no product; e becomes dx in place: 4 N V bytes
@@ -11,8 +11,8 @@ D = 4096, V = 128256 one product is 8.6 TFLOP; a block's dx crosses memory three
 of fp32 sums are read and written for each element of the gradient that is summed whole (sums.py).
 
 Scores and softmax are fp32 in registers. A program owns one [ROWS, COLUMNS] tile; the sum over D goes in fixed steps and
-tiles are merged by one program in vocabulary order, so a row's bits don't depend on the rows around it; there are no
-atomics. Addresses are 64-bit. Any V and D: entries past the end are -inf before the softmax. Tensor memory descriptors
+parts are merged by one program in vocabulary order, so a row's bits don't depend on the rows around it (an adapter's
+a = scale h A^T is cuBLAS's, and is not promised that; nor are tensors laid out in another way); there are no atomics. Addresses are 64-bit. Any V and D: entries past the end are -inf before the softmax. Tensor memory descriptors
 (TMA) load the tiles where the GPU has them and rows are multiples of 16 bytes, masked loads elsewhere.
 """
 
@@ -37,7 +37,7 @@ BLOCK_BYTES = 640 << 20
 KEPT_BYTES = 2500 << 20
 """Budget of a one-pass chunk: 8192 rows of 152064 entries, the knee where the fp32 sums of dW stop costing time."""
 PARTIAL_ROWS = 8192
-"""Rows whose parts' results are held before they are merged: 112 MiB at 152064 entries."""
+"""Rows whose parts' results are held before they are merged: 112 MiB at 152064 entries in parts of 128, twice that in parts of 64."""
 COMBINE_ROWS, COMBINE_PARTS = 32, 32
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -191,7 +191,9 @@ def _partial_kernel(
             _store(kept, e, row, start, n, vocab, stride_kept, ROWS, WIDE, TMA)
 
 
-@triton.jit
+# n is not to be specialised: its divisibility by 16 would change how a row's parts are spread over lanes, hence the order
+# of their sum, and with it the bits of a row that has other company
+@triton.jit(do_not_specialize=["n", "parts"])
 def _combine_kernel(partials, merged, n, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """merged [3, n]: the parts of each row, PARTS at a time in vocabulary order."""
     o_row, o_part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PARTS)
@@ -219,17 +221,15 @@ def _combine_kernel(partials, merged, n, parts, ROWS: tl.constexpr, PARTS: tl.co
 
 
 @triton.jit
-def _dx(log_p, p, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP: tl.constexpr):
-    """dL/dx of a tile: p (a - b log p), times the soft-cap's slope, and at the target a number of its own."""
+def _dx(log_p, p, capped, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP: tl.constexpr):
+    """dL/dx of a tile: p (a - b log p), times the soft-cap's slope at `capped` = z T, and at the target its own number."""
     a = tl.load(row_terms + 2 * n + o_row, mask=m_row, other=0.0)[:, None]
     b = tl.load(row_terms + 3 * n + o_row, mask=m_row, other=0.0)[:, None]
     at_target = tl.load(row_terms + 4 * n + o_row, mask=m_row, other=0.0)[:, None]
     # 0 where p is: 0 x -inf is NaN
     dx = tl.where(p > 0, p * (a - b * log_p), 0.0)
     if SOFTCAP:
-        lse_heat = tl.load(row_terms + 5 * n + o_row, mask=m_row, other=0.0)[:, None]
-        heat = tl.load(row_terms + 6 * n + o_row, mask=m_row, other=0.0)[:, None]
-        squashed = (log_p * heat + lse_heat) / softcap
+        squashed = capped / softcap
         dx = tl.where(p > 0, dx * (1 - squashed * squashed), 0.0)
     return tl.where(o_column[None, :] == target[:, None], at_target, dx)
 
@@ -259,7 +259,11 @@ def _gradient_kernel(
         part = _part(acc, index, PARTS, ROWS, COLUMNS)
         z = _z(part, bias, inverse_heat, softcap, o_row, o_column, n, vocab, BIAS, SOFTCAP)
         log_p = (z - peak) - log_sum
-        b_dx = _dx(log_p, tl.exp2(log_p * LOG2E), target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP)
+        # without a soft-cap this is not read, hence not made
+        capped = z * tl.load(row_terms + 6 * n + o_row, mask=m_row, other=1.0)[:, None]
+        b_dx = _dx(
+            log_p, tl.exp2(log_p * LOG2E), capped, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP
+        )
         _store(dx, b_dx, row, start, n, stop - begin, stride_dx, ROWS, WIDE, TMA)
 
 
@@ -269,7 +273,7 @@ def _kept_gradient_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """exp(z - its part's peak) becomes dx in place; one part of COLUMNS entries a program."""
-    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    row, column = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
     o_row, o_column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     m_row = o_row < n
     p_kept = kept + o_row.to(tl.int64)[:, None] * stride_kept + o_column[None, :]
@@ -277,13 +281,15 @@ def _kept_gradient_kernel(
     e = tl.load(p_kept, mask=mask, other=0.0).to(tl.float32)
     peak = tl.load(row_terms + o_row, mask=m_row, other=0.0)
     log_sum = tl.load(row_terms + n + o_row, mask=m_row, other=0.0)
-    part_peak = tl.load(partials + tl.program_id(1).to(tl.int64) * 3 * n + o_row, mask=m_row, other=0.0)
+    part_peak = tl.load(partials + tl.program_id(0).to(tl.int64) * 3 * n + o_row, mask=m_row, other=0.0)
     part_peak = tl.where(part_peak == float("-inf"), 0.0, part_peak)
     offset = (part_peak - peak) - log_sum
     log_p = tl.log2(e) / LOG2E + offset[:, None]
     p = e * tl.exp2(offset * LOG2E)[:, None]
     target = tl.load(targets + o_row, mask=m_row, other=-1) - first
-    b_dx = _dx(log_p, p, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP)
+    heat = tl.load(row_terms + 6 * n + o_row, mask=m_row, other=1.0)[:, None]
+    capped = log_p * heat + tl.load(row_terms + 5 * n + o_row, mask=m_row, other=0.0)[:, None]
+    b_dx = _dx(log_p, p, capped, target, o_column, row_terms, softcap, n, o_row, m_row, SOFTCAP)
     tl.store(p_kept, b_dx.to(kept.dtype.element_ty), mask=mask)
 
 
@@ -316,8 +322,8 @@ def gradient(scores: Scores, stats: Stats, upstream: Upstream, start: int, stop:
     if n:
         grid = (tiles(n, tile.rows) * tiles(stop - start, tile.columns),)
         launch(
-            _gradient_kernel, grid, dx.device, *pointers, scores.targets, _inverse(scores), _row_terms(scores, stats, upstream),
-            _target(dx, tile), scores.softcap or 0.0, n, start, stop, *common, dx.stride(0), **flags,
+            _gradient_kernel, grid, dx.device, *pointers, scores.targets.contiguous(), _inverse(scores), _row_terms(scores, stats, upstream),
+            _target(dx, tile), float(scores.softcap or 0.0), n, start, stop, *common, dx.stride(0), **flags,
         )  # fmt: skip
     return dx
 
@@ -327,9 +333,9 @@ def kept_gradient(scores: Scores, kept: tuple[Tensor, Tensor], stats: Stats, ups
     dx, partials = kept
     n, rows, part = len(scores), 16, _tile(scores).part
     if n:
-        grid = (tiles(n, rows), tiles(scores.vocab, part))
+        grid = (tiles(scores.vocab, part), tiles(n, rows))
         launch(
-            _kept_gradient_kernel, grid, dx.device, dx, partials, scores.targets, _row_terms(scores, stats, upstream), scores.softcap or 0.0, n,
+            _kept_gradient_kernel, grid, dx.device, dx, partials, scores.targets.contiguous(), _row_terms(scores, stats, upstream), float(scores.softcap or 0.0), n,
             scores.vocab, scores.first, dx.stride(0),
             ROWS=rows, COLUMNS=part, SOFTCAP=scores.softcap is not None, num_warps=4,
         )  # fmt: skip
@@ -356,7 +362,7 @@ def unit(scores: Scores, upstream: Upstream) -> Tensor | None:
         return None
     largest = torch.stack([x.abs() / scores.temperature for x in upstream]).amax().float()
     # dx is at most some sixteen times the largest, and 2^15 the largest that fp16 holds
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 10)
+    return torch.ldexp(torch.ones_like(largest), (torch.frexp(largest).exponent - 10).clamp(min=-126))
 
 
 def _tile(scores: Scores) -> Tile:
@@ -383,7 +389,10 @@ def _row_terms(scores: Scores, stats: Stats, upstream: Upstream) -> Tensor:
     """
     heat, (g, h, by_lse) = scores.temperature, upstream
     # at the target g (1 - p) is taken from its log-prob: 1 - p of a p near 1 would cancel
-    at_target = stats.logp.exp() * (by_lse - h * (stats.logp + stats.entropy)) - g * torch.special.expm1(stats.logp)
+    p = stats.logp.exp()
+    at_target = torch.where(p > 0, p * (by_lse - h * (stats.logp + stats.entropy)), 0.0) - g * torch.special.expm1(
+        stats.logp
+    )
     lse = stats.peak + stats.log_sum
     if scores.softcap is not None:
         at_target = at_target * (1 - ((stats.logp + lse) * heat / scores.softcap).square())
@@ -435,8 +444,8 @@ def _launch_partial(scores: Scores, target_z: Tensor, kept: Tensor | None) -> Te
     if n:
         grid = (tiles(n, tile.rows) * tiles(scores.vocab, tile.columns),)
         launch(
-            _partial_kernel, grid, partials.device, *pointers, scores.targets, _inverse(scores), partials, target_z,
-            scores.hidden if kept is None else _target(kept, tile), scores.softcap or 0.0,
+            _partial_kernel, grid, partials.device, *pointers, scores.targets.contiguous(), _inverse(scores), partials, target_z,
+            scores.hidden if kept is None else _target(kept, tile), float(scores.softcap or 0.0),
             n, *common, 0 if kept is None else kept.stride(0), KEEP=kept is not None, **flags,
         )  # fmt: skip
     return partials

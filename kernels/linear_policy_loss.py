@@ -54,8 +54,10 @@ def linear_policy_loss(
 
     hidden [N, D], weight [V, D], targets [N] and the keywords up to `backend` are those of `linear_logprob`; all others
     those of `policy_loss`, whose value, metrics and gradients this has (the entropy metric always among them). Rows that
-    `keep` leaves out may hold anything but NaN targets. Raises ValueError for whatever either of the two refuses.
+    `keep` leaves out may hold anything, targets included. Raises ValueError for whatever either of the two refuses.
     """
+    if keep is not None and keep.shape == targets.shape:
+        targets = torch.where(keep != 0, targets, 0)  # what isn't kept may be marked by any number
     check(hidden, weight, targets, bias, temperature, softcap, lora)
     others = {"old_logp": old_logp, "advantages": advantages, "sequence_ids": sequence_ids}
     check_shapes("targets", targets, {**others, "rollout_logp": rollout_logp, "ref_logp": ref_logp, "keep": keep})

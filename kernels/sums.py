@@ -67,30 +67,39 @@ class Sum:
     def __init__(
         self, n: int, like: Tensor, dtype: torch.dtype, wide: torch.dtype, *, whole: bool, unit: Tensor | None
     ) -> None:
-        self.dtype, self.wide, self.whole, self.unit = dtype, wide, whole, unit
-        # whole: the sum itself, rounded at the end. Else the result: each block of rows is rounded into it when done.
-        self.made = torch.zeros(n, like.shape[1], dtype=wide if whole else dtype, device=like.device)
+        self.n, self.dtype, self.wide, self.whole, self.unit = n, dtype, wide, whole, unit
+        self.shape, self.device = (n, like.shape[1]), like.device
+        # whole: the wide sum itself. Else the result, made when a first block of rows is rounded into it.
+        self.made = torch.zeros(self.shape, dtype=wide, device=self.device) if whole else None
         self.rows: slice | None = None
         self.total: Tensor | None = None
 
     def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
         """made[rows] += left right."""
-        if self.whole:
+        if self.made is not None and self.whole:
             add_product(self.made[rows], left, right)
         elif self.rows == rows and self.total is not None:
             add_product(self.total, left, right)
         else:
-            self.flush()
+            self._flush()
             self.rows, self.total = rows, product(left, right, self.wide)
 
-    def flush(self) -> None:
-        if self.rows is not None and self.total is not None:
-            self.made[self.rows] = (self.total if self.unit is None else self.total.mul_(self.unit)).to(self.dtype)
+    def _flush(self) -> None:
+        """Rounds the block of rows at hand into the result."""
+        if self.rows is None or self.total is None:
+            return
+        if self.made is None:
+            self.made = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        self.made[self.rows] = (self.total if self.unit is None else self.total.mul_(self.unit)).to(self.dtype)
         self.rows = self.total = None
 
     def result(self, scale: Tensor | None = None) -> Tensor:
-        """The gradient, times `scale` (0-d): before it is rounded where the sum was kept whole."""
-        self.flush()
+        """The gradient, times `scale` (0-d): before it is rounded where the wide sum of all of it is still there."""
+        if not self.whole and self.made is None and self.rows == slice(0, self.n) and self.total is not None:
+            self.made, self.rows, self.whole = self.total, None, True
+        self._flush()
+        if self.made is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for factor in (scale, self.unit if self.whole else None):
             if factor is not None:
                 self.made *= factor.to(self.made.dtype)

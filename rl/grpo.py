@@ -197,7 +197,8 @@ class GrpoTrainer:
         """Each sample with its log-probs and entropies."""
         found: list[tuple[Sample, Tensor, Tensor]] = []
         for row, samples in _rows(minibatch, self.config.micro_batch_tokens):
-            made, lengths = policy.logprobs(row, self.sampling.temperature), [len(s.ids) for s in samples]
+            made = policy.logprobs(row, self.sampling.temperature, self.config.micro_batch_tokens)
+            lengths = [len(s.ids) for s in samples]
             found += zip(samples, made.logp.split(lengths), made.entropy.split(lengths), strict=True)
         return found
 
@@ -232,7 +233,7 @@ class GrpoTrainer:
             inputs = _loss_inputs(samples, self.policy.model.device)
             result = self.policy.loss(
                 row, self.sampling.temperature, **inputs, kind=config.kind, normalizer=normalizer,
-                entropy_weight=self.entropy.weight, **config.loss_options(),
+                budget=config.micro_batch_tokens, entropy_weight=self.entropy.weight, **config.loss_options(),
             )  # fmt: skip
             result.loss.backward()
             total += result.loss.item()
@@ -277,7 +278,10 @@ def _add(totals: dict[str, Mean], more: Mapping[str, Mean]) -> None:
 def _rows(minibatch: Minibatch, budget: int) -> list[tuple[Sequence[Group], list[Sample]]]:
     """Micro-batches: packed rows within the budget, and their samples in row order."""
     groups = [Group(torch.tensor(prompt.ids), [s.ids for s in samples]) for prompt, samples in minibatch]
-    return [(row.groups, [minibatch[g][1][c] for g, c in row.members]) for row in pack_groups(groups, budget)]
+    return [
+        (row.groups, [minibatch[g][1][c] for g, c in row.members])
+        for row in pack_groups(groups, budget, three_phases=True)
+    ]
 
 
 def _differing(groups: Sequence[RolloutGroup]) -> list[int]:

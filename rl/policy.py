@@ -70,9 +70,10 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
-    def logprobs(self, groups: Sequence[Group], temperature: float) -> LogProbs:
+    def logprobs(self, groups: Sequence[Group], temperature: float, budget: int | None = None) -> LogProbs:
+        """Of the groups' completions; `budget` as `engine.completion_logprobs` has it."""
         with self.precision():
-            return completion_logprobs(self.model, groups, temperature=temperature)
+            return completion_logprobs(self.model, groups, temperature=temperature, budget=budget)
 
     def loss(self, groups: Sequence[Group], temperature: float, **inputs: Any) -> PolicyLoss:
         """A policy loss of the groups' completions; `inputs` are those of `engine.completion_policy_loss`."""

@@ -17,7 +17,8 @@ class CompileCase:
     signature gives Triton's type of every run-time argument ("*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>");
     constexprs the value of all others (None for a pointer that isn't passed). `divisible` names the arguments that are
     multiples of 16: pointers always are, sizes where the model's are. tensor_cores says whether the compiled code must
-    use them; where it says no, using them is an error too, since fp32 products there are TF32 ones.
+    use them; where it says no, using them is an error too, since fp32 products there are TF32 ones. `spills_allowed`:
+    bytes of stack a thread that are known and put up with; the case's description says why.
     """
 
     label: str
@@ -28,6 +29,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = True
+    spills_allowed: int = 0
 
 
 @dataclass(frozen=True)

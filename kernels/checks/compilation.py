@@ -88,8 +88,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _problems(case: CompileCase, arch: int, stack: int, shared: int, tensor_cores: dict[str, int]) -> list[str]:
     found = []
-    if stack:
-        found.append(f"{stack} bytes of stack a thread: registers are spilled")
+    if stack > case.spills_allowed:
+        allowed = f", {case.spills_allowed} are allowed" if case.spills_allowed else ""
+        found.append(f"{stack} bytes of stack a thread{allowed}: registers are spilled")
     if shared > SHARED_LIMIT[arch]:
         found.append(f"{shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
     own = OWN_INSTRUCTION[arch]

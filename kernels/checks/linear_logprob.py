@@ -105,7 +105,7 @@ def _kernels(arch: int, dtype: str, *, full: bool = False, aligned: bool = True)
 
     def case(label: str, kernel: Any, kept: str = f"*{dtype}", **more: Any) -> CompileCase:
         names = set(kernel.arg_names)
-        signature = {name: kind for name, kind in {**types, "kept": kept}.items() if name in names}
+        signature = {name: kind for name, kind in {**types, "kept": kept}.items() if name in names and name not in more}
         constexprs = {name: value for name, value in {**values, **more}.items() if name in names}
         sizes = ALIGNED if aligned else PADDED
         divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in sizes]
@@ -120,6 +120,7 @@ def _kernels(arch: int, dtype: str, *, full: bool = False, aligned: bool = True)
 
     return [
         case("partial", kernels._partial_kernel, KEEP=False),
+        case("one row", kernels._partial_kernel, KEEP=False, n=1),  # Triton makes a size of 1 a constant
         case("keep", kernels._partial_kernel, out, KEEP=True),
         case("gradient", kernels._gradient_kernel),
         case("kept", kernels._kept_gradient_kernel, ROWS=16, COLUMNS=tile.part),

@@ -14,7 +14,8 @@ import torch
 
 from bench import results, stage
 
-GREEN = {"green": True, "sources": "s1", "commit": "abc", "summary": "4 passed"}
+NOW = {"sources": "s1", "device": "GPU X", "torch": "2.11", "triton": "3.6", "tests": "t1"}
+GREEN = {"green": True, "commit": "abc", "summary": "4 passed", **NOW}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a CUDA device")
 
 
@@ -28,16 +29,28 @@ def gpu_sh(root: Path, out: Path, *arguments: str) -> subprocess.CompletedProces
     ("record", "reason"),
     [
         (None, "have not been run"),
-        ({**GREEN, "sources": "s0"}, "other sources (commit abc)"),
+        ({**GREEN, "sources": "s0"}, "other sources (s0, now s1)"),
+        ({**GREEN, "device": "GPU Y", "torch": "2.10"}, "other device (GPU Y, now GPU X), torch (2.10, now 2.11)"),
+        ({**GREEN, "tests": "t0"}, "other tests (t0, now t1)"),
         ({**GREEN, "green": False, "summary": "1 failed"}, "red (1 failed)"),
     ],
 )
 def test_no_green_check_no_measurement(record: dict[str, Any] | None, reason: str) -> None:
-    assert reason in stage.red(record, "s1")
+    assert reason in stage.red(record, NOW)
 
 
 def test_a_green_check_of_these_sources_is_enough() -> None:
-    assert stage.red(GREEN, "s1") == ""
+    assert stage.red(GREEN, NOW) == ""
+
+
+def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+    program = "import subprocess, sys, pathlib\np = subprocess.Popen(['sleep', '60'])\n"
+    program += f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(p.pid))\np.wait()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        stage.run_group([sys.executable, "-c", program], 3.0)
+    child = int((tmp_path / "child").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,7 @@ def test_stages_refuse_without_a_check_and_on_red(root: Path, tmp_path: Path) ->
     done = gpu_sh(root, tmp_path, "kernels")
     assert (done.returncode, done.stdout) == (2, "")
     assert "have not been run" in done.stderr
-    record = {**GREEN, "sources": results.fingerprint(), "green": False}
+    record = {**GREEN, **stage.checked(), "green": False}
     (tmp_path / "gpu-check.json").write_text(json.dumps(record))
     done = gpu_sh(root, tmp_path, "step")
     assert done.returncode == 2
@@ -105,7 +118,7 @@ def test_stages_refuse_without_a_check_and_on_red(root: Path, tmp_path: Path) ->
 
 @without_gpu
 def test_stages_refuse_without_a_gpu(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "gpu-check.json").write_text(json.dumps({**GREEN, "sources": results.fingerprint()}))
+    (tmp_path / "gpu-check.json").write_text(json.dumps({**GREEN, **stage.checked()}))
     for name in ("attention", "check"):
         done = gpu_sh(root, tmp_path, name)
         assert done.returncode == 2

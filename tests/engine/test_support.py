@@ -40,6 +40,29 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a state instead of attention": (
         "MambaConfig", {"state_size": 4}, r"aren't full attention \(linear_attention\)",
     ),
+    "positions by the length of the call": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+        "stretches its positions by the length of what it is given .rope_type 'dynamic'",
+    ),
+    "one of two sets of positions": (
+        "Phi3Config",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "rope_type 'longrope'",
+    ),
+    "a loss of its experts": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8,
+            "output_router_logits": True,
+        },
+        "load-balancing loss of its experts",
+    ),
     "attention of its own": (
         "BloomConfig", {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
         "0 of its 2 layers attend through transformers' attention interface",

@@ -69,6 +69,8 @@ def test_every_rank_gets_the_same_bits(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_is_legal_and_ranks_that_disagree_are_refused(ranks: list[dict[str, Any]]) -> None:
+    assert any("weight [V, D]" in said for said in ranks[0]["refused"]), "its part is empty"
+    assert all(any("ranks [0] of the group refused" in said for said in r["refused"]) for r in ranks[1:])
     for r in ranks:
         assert r["empty"] == 0
         refused = r["refused"]

@@ -50,6 +50,7 @@ def refused(group: dist.ProcessGroup, rank: int) -> list[str]:
     calls = {
         "rows": (torch.ones(2 + rank, D), torch.ones(5, D), torch.zeros(2 + rank, dtype=torch.long), {}),
         "targets": (torch.ones(2, D), torch.ones(5, D), torch.full((2,), 99), {}),
+        "empty": (torch.ones(2, D), torch.ones(5 * (rank > 0), D), torch.zeros(2, dtype=torch.long), {}),
         "backend": (torch.ones(2, D), torch.ones(5, D), torch.zeros(2, dtype=torch.long), {"backend": "reference"}),
     }
     for hidden, weight, targets, options in calls.values():

@@ -270,6 +270,7 @@ def test_what_cannot_be_is_refused_with_a_way_out() -> None:
         ((hidden, weight, targets), {"temperature": ROWS * 0}, "temperature must be a positive float or 5"),
         ((hidden, weight, targets), {"temperature": ROWS[:2]}, "temperature must be a positive float or 5"),
         ((hidden, weight, targets), {"softcap": -1.0}, "softcap must be positive"),
+        ((hidden, weight, targets), {"softcap": float("inf")}, "softcap must be positive and finite"),
         ((hidden, weight, targets), {"backend": "liger"}, "choose from auto, reference, chunked"),
     ]
     for args, kwargs, message in bad:

@@ -120,6 +120,36 @@ def test_no_further_from_the_truth_than_two_passes(three_way, dtype: torch.dtype
         three_way(made, plain[name], truth[name], terms=float(truth[name].abs().max()))
 
 
+@pytest.mark.parametrize("rows", [512, 5], ids=["one chunk", "chunks"])
+def test_a_weight_gradient_is_rounded_once_whatever_the_loss_is_multiplied_by(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "KEPT_BYTES", rows * V * 4)
+    problem, wide = Problem(torch.bfloat16), Problem(torch.bfloat16)
+    wide.leaves = {name: x.detach().float().requires_grad_() for name, x in problem.leaves.items()}
+    made = []
+    for p in (problem, wide):
+        p.heat = torch.ones(N)
+        head: dict[str, Any] = {"hidden": p.leaves["hidden"], "weight": p.leaves["weight"], "targets": p.targets}
+        advantages = p.tokens["advantages"]
+        loss = linear_policy_loss(
+            **head, old_logp=None, advantages=advantages, sequence_ids=IDS, kind="dapo", normalizer=7.0
+        )
+        made.append(torch.autograd.grad(loss.loss / 3, p.leaves["weight"])[0])
+    # the same products of the same numbers, so the wide one rounded is the other, but for sums that lie on a tie
+    assert (made[0] == made[1].bfloat16()).float().mean() > 0.99
+
+
+def test_rows_that_are_not_kept_may_have_any_target() -> None:
+    problem = Problem()
+    tokens = {**problem.tokens, "keep": problem.keep}
+    how = {"kind": "grpo", "normalizer": 3.0}
+    wanted = problem.outcome(fused(problem, tokens, **how))[2]
+    problem.targets = torch.where(problem.keep, problem.targets, -100)
+    for name, made in problem.outcome(fused(problem, tokens, **how))[2].items():
+        torch.testing.assert_close(made, wanted[name])
+
+
 class Products(TorchDispatchMode):
     """Sizes of matrix products and of the largest tensor."""
 

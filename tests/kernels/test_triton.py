@@ -69,4 +69,4 @@ def test_a_tile_depends_on_the_gpu_and_the_layout_alone(capability: tuple[int, i
     tile = Tile.of(capability, dtype)
     assert tile.part * tile.parts == tile.columns
     assert not Tile.of(capability, dtype, tma=False).tma
-    assert tile.tma == (capability >= (9, 0) and dtype != torch.float32)
+    assert tile.tma == ((9, 0) <= capability < (12, 0) and dtype != torch.float32)

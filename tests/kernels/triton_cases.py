@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longreach.kernels import LowRank, gpu, linear_logprob, linear_policy_loss, policy_loss
+from longreach.kernels import linear_logprob_triton as backend
 
 DEVICE = "cpu" if gpu.interpreted() else "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -97,15 +98,77 @@ def test_views_that_are_not_dense() -> None:
         torch.testing.assert_close(a.logp, b.logp, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_targets_that_are_not_dense(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(20, 40, device=DEVICE), torch.randn(150, 40, device=DEVICE)
+    wide = torch.randint(150, (20, 2), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)).to(dtype)
+    for targets in (wide[:, 0], wide[3, 1].expand(20)):
+        leaves = [hidden.clone().requires_grad_() for _ in range(2)]
+        a, b = (
+            linear_logprob(x, weight, targets, backend=name).logp
+            for x, name in zip(leaves, ("triton", "reference"), strict=True)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        for x in (a, b):
+            x.sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_that_a_bias_bars_spares_the_other_rows() -> None:
+    bias = torch.zeros(150, device=DEVICE)
+    bias[7] = -torch.inf
+    targets = torch.tensor([3, 7, 9], device=DEVICE)
+    for name in ("triton", "chunked"):
+        hidden = torch.randn(3, 16, device=DEVICE, requires_grad=True)
+        made = linear_logprob(hidden, torch.ones(150, 16, device=DEVICE), targets, bias=bias, backend=name)
+        assert made.logp[1] == -torch.inf
+        (made.entropy.sum() + made.logp[0]).backward()
+        assert hidden.grad is not None
+        assert torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_many_tiles_blocks_chunks_and_steps(three_way: Any, dtype: torch.dtype, rank: int, monkeypatch: Any) -> None:
+    """More row tiles than share a weight tile, several steps of the width, blocks of dx and one-pass chunks."""
+    n, width, vocab = (1100, 200, 5000) if DEVICE == "cuda" else (150, 150, 600)
+    problem = Problem(n, width, vocab, dtype, rank=rank)
+    size = problem.leaves["hidden"].element_size()
+    truth = problem.outcome("reference", torch.float64)
+    for block in (128 * vocab * size, n * 300 * size):
+        monkeypatch.setattr(backend, "BLOCK_BYTES", block)
+        made, plain = problem.outcome("triton"), problem.outcome("reference")
+        for name, a, b, c in zip(range(len(made)), made, plain, truth, strict=True):
+            if dtype == torch.float32:
+                three_way(a, b, c, terms=16 * max(1.0, float(c.abs().max())))
+            else:
+                assert (a.double() - c).norm() <= 8 * torch.finfo(dtype).eps * c.norm(), name
+    tokens: dict[str, Any] = {
+        "old_logp": truth[0].to(torch.float32), "sequence_ids": torch.arange(n, device=DEVICE) // 50,
+        "advantages": torch.randn(n, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)),
+    }  # fmt: skip
+    monkeypatch.setattr(backend, "KEPT_BYTES", 256 * vocab * size)
+    grads = []
+    for name, of in (("triton", None), ("reference", torch.float64)):
+        leaves, arguments = problem.head(of)
+        # a factor that is no power of two: gradients are rounded after it
+        loss = linear_policy_loss(**arguments, backend=name, kind="dapo", normalizer=float(n), **tokens).loss / 3
+        grads.append(torch.autograd.grad(loss, list(leaves.values())))
+    for a, c in zip(*grads, strict=True):
+        assert (a.double() - c).norm() <= 8 * torch.finfo(dtype).eps * c.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
-    problem = Problem(200, 40, 700, dtype)
+    # more parts than are merged in one turn
+    problem = Problem(200, 40, 4500 if DEVICE == "cuda" else 2500, dtype)
     _, given = problem.head()
     arguments: dict[str, Any] = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     with torch.no_grad():
         whole = linear_logprob(**arguments, backend="triton")
         order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        for rows in (order, order[:70], order[:1], torch.arange(130, 200, device=DEVICE)):
+        # 64 and 160 are multiples of 16, which compilers like to make use of; 200, 70 and 1 are not
+        for rows in (order, *(order[:count] for count in (1, 64, 70, 160)), torch.arange(130, 200, device=DEVICE)):
             some: dict[str, Any] = {
                 **arguments,
                 "hidden": arguments["hidden"][rows],
@@ -201,5 +264,10 @@ def test_more_scores_than_32_bits_count_and_little_memory() -> None:
     (made.logp.sum() + made.entropy.sum()).backward()
     # a block of dx, the sums of dh, the gradients themselves; the scores alone would be 6 GB
     assert torch.cuda.max_memory_allocated() - before < 1.2 * 2**30
-    last = linear_logprob(hidden[-5:].float(), weight.float(), targets[-5:], backend="reference")
-    torch.testing.assert_close(made.logp[-5:], last.logp, rtol=1e-3, atol=1e-3)
+    last = hidden.detach()[-5:].float().requires_grad_()
+    wanted = linear_logprob(last, weight.detach().float(), targets[-5:], backend="reference")
+    torch.testing.assert_close(made.logp[-5:], wanted.logp, rtol=1e-3, atol=1e-3)
+    (wanted.logp.sum() + wanted.entropy.sum()).backward()
+    assert hidden.grad is not None
+    assert last.grad is not None
+    assert (hidden.grad[-5:].float() - last.grad).norm() < 1e-2 * last.grad.norm()
