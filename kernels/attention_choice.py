@@ -1,7 +1,8 @@
 """Which backend does a call of `attention`: what can, and of those what was fastest on that kind of GPU.
 
-On a GPU that no row was measured on, our Triton kernel goes first: it alone hands out unrounded partial results, and
-is bitwise repeatable. Forward and backward are chosen apart, since a backward takes any out and lse.
+On a GPU that no row was measured on, torch's FlashAttention goes first, being run by many. Our Triton kernel, which hands
+out unrounded partial results and is bitwise repeatable, is taken there by its name alone, until a GPU has shown it right
+and how fast it is. Forward and backward are chosen apart, since a backward takes any out and lse.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import attention_cuda
 BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "flash", "cudnn")
 ROW_BACKENDS = frozenset({"triton", "flash"})
 """These take a whole row of segments; the others a rectangle of equal segments at a time."""
-UNMEASURED = ("triton", "flash", "blockwise")
+UNMEASURED = ("flash", "blockwise")
 MEASURED: dict[str, dict[str, tuple[str, ...]]] = {}
 """GPU name -> pass ("forward", "backward") -> backends, fastest first, as bench/results/ has it. None is measured yet."""
 SMALL_SCORES = 1 << 22

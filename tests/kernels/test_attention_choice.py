@@ -67,7 +67,7 @@ def test_what_torchs_operators_take(
         assert "up to 128" in str(attention_cuda.unsuited_cudnn(OnAGpu(dtype, width)))  # type: ignore[arg-type]
 
 
-def test_a_measured_gpu_takes_its_fastest_and_others_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_gpu_takes_its_fastest_and_others_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     q = OnAGpu(torch.bfloat16, 128)
     able: dict[str, str | None] = {"triton": None, "flash": None, "cudnn": None, "blockwise": None}
     monkeypatch.setattr(attention_choice, "unsuited", lambda name, q: able[name])
@@ -76,13 +76,16 @@ def test_a_measured_gpu_takes_its_fastest_and_others_ours(monkeypatch: pytest.Mo
     def chosen(stage: str, deterministic: bool = False) -> str:
         return attention_choice.choose("auto", stage, q, 1, deterministic)  # type: ignore[arg-type]
 
-    assert chosen("forward") == chosen("backward") == "triton"
-    able["triton"] = "not here"
     assert (chosen("forward"), chosen("backward")) == ("flash", "flash")
     assert chosen("backward", deterministic=True) == "blockwise"
-    monkeypatch.setitem(attention_choice.MEASURED, "GPU X", {"forward": ("cudnn", "flash"), "backward": ("flash",)})
+    able["flash"] = "not here"
+    assert chosen("forward") == "blockwise"
+    able["flash"] = None
+    table = {"forward": ("cudnn", "flash"), "backward": ("flash", "triton")}
+    monkeypatch.setitem(attention_choice.MEASURED, "GPU X", table)
     assert (chosen("forward"), chosen("backward")) == ("cudnn", "flash")
-    with pytest.raises(ValueError, match=r"sums in no fixed order.*use 'blockwise'"):
+    assert chosen("backward", deterministic=True) == "triton"
+    with pytest.raises(ValueError, match=r"sums in no fixed order.*use 'triton'"):
         attention_choice.choose("flash", "backward", q, 1, True)  # type: ignore[arg-type]
 
 
