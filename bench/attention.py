@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from longreach.kernels import attention
@@ -32,10 +33,13 @@ SIZES = {
     "cuda": {
         "small": ({"T": 2048, "S": 2048, **_QWEN3_8B, "causal": 1},),
         "default": (
-            {"T": 16384, "S": 16384, **_QWEN3_8B, "causal": 1},
+            *({"T": t, "S": t, **_QWEN3_8B, "causal": 1} for t in (16384, 32768, 65536)),
             {"T": 4096, "S": 65536, **_QWEN3_8B, "causal": 0},
         ),
-        "large": ({"T": 65536, "S": 65536, **_QWEN3_8B, "causal": 1},),
+        "large": (
+            {"T": 131072, "S": 131072, **_QWEN3_8B, "causal": 1},
+            {"T": 32768, "S": 122880, **_QWEN3_8B, "causal": 0},
+        ),
     },
 }
 OURS = tuple(name for name in attention.BACKENDS if name not in ("auto", "reference"))
@@ -64,6 +68,7 @@ def problem(case: Case) -> Problem:
     ]
     for name, backend in SDPA[case.device].items():
         contenders.append(sdpa(name, backend, q, k, v, dout, causal))
+    contenders.append(gather("torch flex_attention", lambda: flex(q, k, v, dout, causal)))
     for name, module, package in (
         ("flash-attention 2", "flash_attn", "flash-attn"),
         ("flash-attention 3", "flash_attn_interface", "flash-attn-3"),
@@ -123,6 +128,23 @@ def sdpa(name: str, backend: Any, q: Tensor, k: Tensor, v: Tensor, dout: Tensor,
         return out.squeeze(0).transpose(0, 1)
 
     return differentiable(name, call, (q, k, v, dout))
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> Contender:
+    """Compiled, as its documentation asks for; blocks above the diagonal are never made."""
+    if not q.is_cuda:
+        raise Missing("needs a CUDA device")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = None
+    if causal:
+        shape = (q.shape[0], k.shape[0])
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *shape, device=q.device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b_q, b_k, b_v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        return compiled(b_q, b_k, b_v, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
+
+    return differentiable("torch flex_attention", call, (q, k, v, dout))
 
 
 def flash(
