@@ -22,6 +22,7 @@ SMALL = {
     "policy_loss": {"N": 32, "sequences": 4},
     "attention": {"T": 24, "S": 24, "H": 4, "K": 2, "E": 8, "causal": 1},
     "step": {"P": 12, "G": 3, "R": 5, "layers": 1, "D": 64, "V": 40},
+    "train_step": {"P": 12, "G": 3, "R": 5, "layers": 1, "D": 128, "V": 40},
 }
 ALLOWED = {"torch", "numpy", "transformers", "longreach", "bench"}
 
