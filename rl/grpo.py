@@ -196,7 +196,7 @@ class GrpoTrainer:
     def _logprobs(self, policy: Policy, minibatch: Minibatch) -> list[tuple[Sample, Tensor, Tensor]]:
         """Each sample with its log-probs and entropies."""
         found: list[tuple[Sample, Tensor, Tensor]] = []
-        for row, samples in _rows(minibatch, self.config.micro_batch_tokens):
+        for row, samples in _rows(minibatch, self.config):
             made = policy.logprobs(row, self.sampling.temperature, self.config.micro_batch_tokens)
             lengths = [len(s.ids) for s in samples]
             found += zip(samples, made.logp.split(lengths), made.entropy.split(lengths), strict=True)
@@ -229,7 +229,7 @@ class GrpoTrainer:
         """Accumulates the gradient of one update over its micro-batches; gives the loss, and adds to the metrics."""
         config, total = self.config, 0.0
         normalizer = self.normalizer(minibatch)
-        for row, samples in _rows(self.computed(minibatch), config.micro_batch_tokens):
+        for row, samples in _rows(self.computed(minibatch), config):
             inputs = _loss_inputs(samples, self.policy.model.device)
             result = self.policy.loss(
                 row, self.sampling.temperature, **inputs, kind=config.kind, normalizer=normalizer,
@@ -275,12 +275,14 @@ def _add(totals: dict[str, Mean], more: Mapping[str, Mean]) -> None:
         totals[name] = totals[name] + mean if name in totals else mean
 
 
-def _rows(minibatch: Minibatch, budget: int) -> list[tuple[Sequence[Group], list[Sample]]]:
+def _rows(minibatch: Minibatch, config: GrpoConfig) -> list[tuple[Sequence[Group], list[Sample]]]:
     """Micro-batches: packed rows within the budget, and their samples in row order."""
+    if not config.shared_prefix:
+        minibatch = [(prompt, [sample]) for prompt, samples in minibatch for sample in samples]
     groups = [Group(torch.tensor(prompt.ids), [s.ids for s in samples]) for prompt, samples in minibatch]
     return [
         (row.groups, [minibatch[g][1][c] for g, c in row.members])
-        for row in pack_groups(groups, budget, three_phases=True)
+        for row in pack_groups(groups, config.micro_batch_tokens, three_phases=True)
     ]
 
 

@@ -38,6 +38,9 @@ class GrpoConfig:
     none for completions whose mean lies outside `importance_sequence_range`. `off_policy_threshold` leaves out wrong
     completions that the policy has moved away from.
 
+    `shared_prefix = false` computes a group's prompt once for each of its completions, as other trainers do: the same
+    numbers at G times the work, for comparison.
+
     Entropy rules (`entropy.py`): `top_entropy_quantile` trains on that share of the most uncertain tokens (0.2: '80/20'),
     `negative_clip` spares the uncertain parts of wrong answers, `aepo` all of them while the entropy is high;
     `adaptive_entropy` moves the weight of the bonus, which `entropy_weight` is else.
@@ -69,6 +72,7 @@ class GrpoConfig:
     overlong_buffer: int = 0
     balanced_tasks: bool = False
     micro_batch_tokens: int = 65536
+    shared_prefix: bool = True
 
     def __post_init__(self) -> None:
         self._check_loss()

@@ -166,6 +166,40 @@ def test_micro_batches_do_not_change_the_update(
         assert_close(other, made[-1], bound=5e-6)
 
 
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_a_prompt_for_each_completion_makes_the_same_update(
+    options: str, policy: Policy, exact: PreTrainedModel, groups: Groups, make_trainer: Make
+) -> None:
+    made, tokens = [], []
+    for shared in (True, False):
+        config = GrpoConfig(shared_prefix=shared, **OPTIONS[options])
+        trainer: GrpoTrainer = make_trainer(policy, config, sampling=SAMPLING)
+        minibatch = off_policy(trainer.minibatches(groups)[0], exact)
+        computed = trainer.computed(minibatch)
+        tokens.append(count_tokens(policy, lambda t=trainer, m=minibatch: t.gradient(m, {})))
+        once = sum(len(prompt.ids) * (1 if shared else len(samples)) for prompt, samples in computed)
+        assert tokens[-1] == once + sum(len(s.ids) for _, samples in computed for s in samples)
+        made.append(gradients(policy.model))
+        policy.model.zero_grad()
+    assert tokens[0] < tokens[1]
+    assert_close(*made, bound=5e-6)
+
+
+def count_tokens(policy: Policy, work: Callable[[], object]) -> int:
+    """Tokens of all rows that the policy is asked for a loss of."""
+    tokens = []
+    original = policy.loss
+
+    def counted(groups: Any, *arguments: Any, **inputs: Any) -> Any:
+        tokens.append(sum(group.tokens for group in groups))
+        return original(groups, *arguments, **inputs)
+
+    policy.loss = counted
+    work()
+    del policy.loss
+    return sum(tokens)
+
+
 def count_calls(policy: Policy, work: Callable[[], object]) -> int:
     """How often the policy is asked for log-probs or a loss of them."""
     asked = []

@@ -99,6 +99,7 @@ STEP: dict[str, Row] = {
     "max_batches": (DYNAMIC, {"max_batches": 1}),
     "overlong_buffer": ({}, {"overlong_buffer": 3}),
     "micro_batch_tokens": ({}, {"micro_batch_tokens": 24}),
+    "shared_prefix": ({"micro_batch_tokens": 40}, {"shared_prefix": False}),
 }
 
 
