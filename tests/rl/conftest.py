@@ -21,7 +21,7 @@ from longreach.rl.grpo import GrpoConfig, GrpoTrainer
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.recipe import Recipe
-from longreach.rl.rewards import Scored
+from longreach.rl.rewards import Reward, RewardConfig, Scored
 from longreach.rl.rollouts import Rollout, RolloutGroup
 from longreach.rl.sampler import PromptSampler
 
@@ -103,14 +103,15 @@ def make_prompts() -> Callable[..., list[Prompt]]:
     return make
 
 
-class ScriptedReward:
-    """Stands in for `Reward`: the reward of a completion is a function of its example and its place in the group."""
+class ScriptedReward(Reward):
+    """A `Reward` whose verdict on a completion is a function of its example and its place in the group."""
 
     def __init__(self, rule: Callable[[Example, int], float | None]) -> None:
+        super().__init__(RewardConfig(), None, None)
         self.rule = rule
         self.asked: list[str] = []
 
-    def score(self, examples: Sequence[Example], *_: Any) -> list[Scored]:
+    def finish(self, scoring: Any, examples: Sequence[Example], *_: Any, **__: Any) -> list[Scored]:
         self.asked += [example.id for example in examples]
         places: dict[str, int] = {}
         scores = []
@@ -119,9 +120,6 @@ class ScriptedReward:
             value = self.rule(example, place)
             scores.append(Scored(value, {"rule": value}, "scripted"))
         return scores
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 @pytest.fixture
