@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,20 @@ def noisy(completion_ids, **columns):
     """Draws from every generator that belongs to nobody."""
     return [(random.random() + float(np.random.rand()) + float(torch.rand(()))) / 3 for ids in completion_ids]
 '''
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A judge's server that behaves as `server.respond` says (`judge_server.py`)."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    spec = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("judge_server.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    running = module.Server()
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")
