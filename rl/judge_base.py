@@ -59,7 +59,7 @@ class Tally:
 
     def failure(self, why: str) -> None:
         self.counts["failures"] += 1
-        self.counts[f"failed/{why}"] += 1
+        self.counts[f"failed/{why.replace(' ', '_')}"] += 1
         self._recent.append(why)
 
     def check(self, who: str) -> None:

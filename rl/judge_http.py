@@ -212,8 +212,7 @@ class OpenAIJudge(Judge):
                     why=str(status), again=True, retry_after=retry_after(response.headers.get("retry-after", ""))
                 )
             if status != 200:
-                where = response.headers.get("location", "")[:200]
-                return Reply(why=f"{status} to {where}" if where else str(status))
+                return Reply(why=f"redirect {status}" if 300 <= status < 400 else str(status))
             if response.headers.get("content-encoding", "identity") != "identity":
                 return Reply(why="compressed reply")
             read = bytearray()

@@ -124,7 +124,9 @@ class Scoring(Generic[V]):
     async def _batch(self, members: dict[int, Ended]) -> dict[int, Looked[V]]:
         loop = asyncio.get_running_loop()
         looked = [await loop.run_in_executor(self._rules, self._look, ended) for ended in members.values()]
-        judged = iter(await self._ask([case for _, case in looked if case is not None]))
+        cases = [case for _, case in looked if case is not None]
+        assert self._judge is not None or not cases, "a case, and nobody to judge it"
+        judged = iter(await self._ask(cases))
         return {
             index: Looked(rule, case is not None, None if case is None else next(judged))
             for index, (rule, case) in zip(members, looked, strict=True)

@@ -45,7 +45,7 @@ def test_the_run_folder_keeps_verdicts_unless_the_recipe_names_a_file(server: An
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     config = JudgeConfig(base_url="http://x/v1", model="m", cache=str(tmp_path))
-    with pytest.raises(ValueError, match="judge cache .* can't be used"):
+    with pytest.raises(ValueError, match=r"judge cache .* can't be used"):
         make_judge(config, {})
 
 

@@ -78,9 +78,9 @@ USELESS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a bad request": (lambda s: s.http(400, "too long"), "400"),
     "a redirect": (
         lambda s: s.http(302, "", {"Location": "http://127.0.0.1:9/elsewhere"}),
-        "302 to http://127.0.0.1:9/elsewhere",
+        "redirect 302",
     ),
-    "a redirect to itself": (lambda s: s.http(307, "", {"Location": "/v1/chat/completions"}), "307 to /v1/chat/completions"),
+    "a redirect to itself": (lambda s: s.http(307, "", {"Location": "/v1/chat/completions"}), "redirect 307"),
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_useless_replies_are_no_verdict(server: Any, name: str) -> None:
     one = judge(server)
     assert ask(one) == [None]
     assert len(server.bodies) == 1
-    assert one.metrics()[f"judge/failed/{why}"] == one.metrics()["judge/failures"] == 1.0
+    assert one.metrics()[f"judge/failed/{why.replace(' ', '_')}"] == one.metrics()["judge/failures"] == 1.0
 
 
 # The connection or the server fails: tried again, and once it works the verdict counts.
@@ -161,7 +161,7 @@ def test_a_body_without_end_is_left_after_the_limit(server: Any) -> None:
     server.respond = lambda _n, _body: server.Raw([head, *[b"10000\r\n" + b" " * 65536 + b"\r\n"] * 4096])
     one = judge(server)
     assert ask(one) == [None]
-    assert one.metrics()["judge/failed/endless reply"] == 1.0
+    assert one.metrics()["judge/failed/endless_reply"] == 1.0
 
 
 def test_the_deadline_bounds_all_tries_together(server: Any) -> None:
@@ -246,13 +246,13 @@ def test_a_long_outage_fails_fast(server: Any) -> None:
 
 
 def test_requests_a_minute_are_bounded(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute of 0.3 s: 12 requests at 4 a minute take more than two of them."""
+    """A minute of 0.3 s: of 12 requests at 4 a minute the fifth waits for one of them, and the ninth for two."""
     monkeypatch.setattr("longreach.rl.judge_limits.MINUTE", 0.3)
-    one = judge(server, requests_per_minute=4)
+    one, start = judge(server, requests_per_minute=4), time.monotonic()
     assert ask(one, *cases(12)) == [1.0] * 12
-    for i in range(8):
-        assert server.times[i + 4] - server.times[i] > 0.25  # within a scheduler's slack of the 0.3
-    assert one.metrics()["judge/rate_limited_s"] > 0.5
+    assert server.times[4] - start >= 0.3
+    assert server.times[8] - start >= 0.6
+    assert one.metrics()["judge/rate_limited_s"] > 0.6
 
 
 def test_tokens_a_minute_are_bounded_and_corrected_by_what_the_server_counts(
@@ -260,17 +260,17 @@ def test_tokens_a_minute_are_bounded_and_corrected_by_what_the_server_counts(
 ) -> None:
     monkeypatch.setattr("longreach.rl.judge_limits.MINUTE", 0.3)
 
-    def seconds(**usage: Any) -> float:
+    def waited(**usage: Any) -> float:
         server.respond = lambda _n, _body: server.chat("[[YES]]", **usage)
-        start = time.perf_counter()
         # A request is reserved at some 1,400 tokens; the limit holds two of them.
-        assert ask(judge(server, tokens_per_minute=3000, concurrency=1), *cases(8)) == [1.0] * 8
-        return time.perf_counter() - start
+        one = judge(server, tokens_per_minute=3000, concurrency=1)
+        assert ask(one, *cases(8)) == [1.0] * 8
+        return one.metrics()["judge/rate_limited_s"]
 
-    assert seconds() > 0.85
-    assert seconds(usage={"total_tokens": 10}) < 0.3
-    assert seconds(usage={"total_tokens": "many"}) > 0.85
-    assert seconds(usage=[1]) > 0.85
+    assert waited() > 0.5
+    assert waited(usage={"total_tokens": 10}) == 0.0
+    assert waited(usage={"total_tokens": "many"}) > 0.5
+    assert waited(usage=[1]) > 0.5
 
 
 def test_concurrency_is_bounded_and_used(server: Any) -> None:
