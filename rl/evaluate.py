@@ -138,7 +138,7 @@ def summarize(
         "chance": sum(chances) / len(chances) if chances else None,
         "buckets": _buckets(counted, bounds),
         "benchmarks": benchmarks,
-        "agreement": confusion((row["benchmark"], parts) for row in rows for parts in row["rewards"]),
+        "agreement": confusion((row["benchmark"], parts) for row in rows for parts in row.get("rewards", ())),
     }
 
 

@@ -88,7 +88,7 @@ def course(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
             "files": sorted(path.name for path in tmp_path.iterdir()),
         }
 
-    state = WELL
+    state, server.respond = WELL, respond
     return run
 
 
