@@ -130,4 +130,4 @@ def test_the_table_is_drawn(run: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert "rule yes, judge no" in done.stdout
-    assert "83.3" in done.stdout, "5 of the 6 that the rule accepted"
+    assert "0.833" in done.stdout, "5 of the 6 that the rule accepted"

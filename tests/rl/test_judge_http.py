@@ -182,7 +182,7 @@ def test_heeds_retry_after_for_all_requests(server: Any) -> None:
         return server.chat("[[YES]]")
 
     server.respond = respond
-    one = judge(server, concurrency=1)
+    one = judge(server, concurrency=1, breaker_failures=1)
     assert ask(one, *cases(3)) == [1.0] * 3
     assert server.times[1] - server.times[0] >= 1.0
     assert one.metrics()["judge/retries"] == 1
