@@ -39,7 +39,7 @@ class Limit:
             return Taken(now, amount)
         amount, window = min(amount, self._most), self._window
         at = max(now, window[-1].at if window else now)
-        while window and (window[0].at <= at - MINUTE or self._total + amount > self._most):
+        while window and self._total + amount > self._most:  # what is older than a minute goes at no cost
             first = window.popleft()
             self._total -= first.amount
             at = max(at, first.at + MINUTE)

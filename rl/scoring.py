@@ -105,7 +105,7 @@ class Scoring(Generic[V]):
         for group in sorted(self._under_way):
             found |= self._result(self._under_way[group], start + self._max_wait)
         self.waited += time.perf_counter() - start
-        return [found[index] for index in sorted(found)]
+        return list(found.values())  # groups in order, and each one's members
 
     def _send(self, group: int) -> None:
         members = self._waiting.pop(group)
