@@ -52,6 +52,10 @@ class Completion:
     finish_reason: str
 
 
+OnDone = Callable[[int, int, Completion], object]
+"""(index of the prompt, place in its group, a completion that has just ended)."""
+
+
 class _Batch:
     """B x G completions under way; `alive` names those whose prompts are still in the cache."""
 
@@ -61,14 +65,16 @@ class _Batch:
         self.done = [False] * rows
         self.alive = torch.arange(rows)
 
-    def add(self, drawn: Drawn) -> int:
-        """Appends one token to each completion that goes on; gives how many it ended."""
-        before, columns = self.done.count(True), (column.tolist() for column in drawn)
+    def add(self, drawn: Drawn) -> list[int]:
+        """Appends one token to each completion that goes on; gives the rows that it ended."""
+        ended, columns = [], (column.tolist() for column in drawn)
         for row, *token in zip(self.alive.tolist(), *columns, strict=True):
             if not self.done[row]:
                 self.tokens[row].append(tuple(token))
                 self.done[row] = token[0] in self.stop_ids
-        return self.done.count(True) - before
+                if self.done[row]:
+                    ended.append(row)
+        return ended
 
     def completion(self, row: int) -> Completion:
         ids, logprobs, kept = zip(*self.tokens[row], strict=True)
@@ -86,7 +92,7 @@ def generate(
     seed: int,
     batch_tokens: int = GeneratorConfig.batch_tokens,
     backend: str = "auto",
-    on_done: Callable[[int], object] = lambda count: None,
+    on_done: OnDone = lambda prompt, place, completion: None,
 ) -> list[list[Completion]]:
     """G completions of each prompt.
 
@@ -95,7 +101,7 @@ def generate(
         stop_ids: tokens that end a completion.
         seed: of this call alone; the same call gives the same completions.
         batch_tokens: prompts are batched so that cached keys (P padded + G * max_completion for each) stay below it.
-        on_done: told how many completions have just ended, for a progress bar.
+        on_done: handed each completion as it ends, with its prompt's index and its place in the group.
 
     Raises:
         ValueError: a prompt is no LongTensor or empty, `group_size` is below 1, or a single prompt with its
@@ -109,8 +115,12 @@ def generate(
     with evaluating(model):
         for batch in _batches([g.tokens for g in groups], group_size * sampling.max_completion, batch_tokens):
             uniform = torch.cat([_stream(seeds[i], group_size, sampling.max_completion) for i in batch])
+
+            def ended(row: int, completion: Completion, batch: list[int] = batch) -> None:
+                on_done(batch[row // group_size], row % group_size, completion)
+
             made = _generate_batch(
-                model, [groups[i] for i in batch], group_size, sampling, frozenset(stop_ids), uniform, backend, on_done
+                model, [groups[i] for i in batch], group_size, sampling, frozenset(stop_ids), uniform, backend, ended
             )
             results.update(zip(batch, made, strict=True))
     return [results[i] for i in range(len(groups))]
@@ -158,22 +168,25 @@ def _generate_batch(
     stop_ids: frozenset[int],
     uniform: Tensor,
     backend: str,
-    on_done: Callable[[int], object],
+    ended: Callable[[int, Completion], object],
 ) -> list[list[Completion]]:
     cache = PrefixCache([g.tokens for g in groups], G, sampling.max_completion)
     batch, head = _Batch(len(groups) * G, stop_ids), model_head(model)
     hidden = _prefill(model, groups, cache, backend).repeat_interleave(G, dim=0)
     for step in range(sampling.max_completion):
         drawn = _draw(head, hidden, sampling, uniform[batch.alive, step])
-        on_done(batch.add(drawn))
+        for row in batch.add(drawn):
+            ended(row, batch.completion(row))
         if step + 1 == sampling.max_completion or all(batch.done):
             break
         tokens = _compact(batch, cache, drawn.tokens, G)
         positions = (cache.prompt_lengths + cache.decoded).repeat_interleave(G)
         hidden = decode(model, tokens, positions, Decode(cache))
         cache.decoded += 1
-    on_done(batch.done.count(False))
     completions = [batch.completion(row) for row in range(len(groups) * G)]
+    for row, completion in enumerate(completions):
+        if not batch.done[row]:
+            ended(row, completion)
     return [completions[i : i + G] for i in range(0, len(completions), G)]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine import Sampling
+from .agreement import confusion
 from .policy import Policy
 from .prompts import Prompt, question_of
 from .rewards import Reward
@@ -101,6 +102,7 @@ def _evaluate_batch(
             "finish_reasons": [r.finish_reason for r in g.rollouts],
             "scores": [r.reward for r in g.rollouts],
             "reasons": [r.reason for r in g.rollouts],
+            "rewards": [dict(r.rewards) for r in g.rollouts],
         }
         for g in groups
     ]
@@ -136,6 +138,7 @@ def summarize(
         "chance": sum(chances) / len(chances) if chances else None,
         "buckets": _buckets(counted, bounds),
         "benchmarks": benchmarks,
+        "agreement": confusion((row["benchmark"], parts) for row in rows for parts in row.get("rewards", ())),
     }
 
 

@@ -25,7 +25,7 @@ from .grpo_config import GrpoConfig
 from .policy import Policy
 from .prompts import Prompt
 from .rewards import Reward
-from .rollouts import Rollout, RolloutGroup, roll_out
+from .rollouts import Rollout, RolloutGroup, Unjudged, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
@@ -75,11 +75,15 @@ class GrpoTrainer:
         self.entropy = EntropyControl(config.entropy_weight, config.adaptive_entropy, config.aepo)
 
     def step(
-        self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None
-    ) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """One RL step; gives its metrics and every group sampled, trained on or not. `replay` trains on saved groups instead."""
+        self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None,
+        saved: Sequence[RolloutGroup] = (),
+    ) -> tuple[dict[str, float], list[RolloutGroup]]:  # fmt: skip
+        """One RL step; gives its metrics and every group sampled, trained on or not.
+
+        `replay` trains on saved groups instead; `saved`: see `collect`.
+        """
         watch, start = Stopwatch(), time.perf_counter()
-        groups = self.collect(step, watch) if replay is None else replay
+        groups = self.collect(step, watch, saved) if replay is None else replay
         groups = self.advantages(groups) if replay is None else groups
         minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
         with watch("old_log_prob"):
@@ -90,18 +94,25 @@ class GrpoTrainer:
         costs = cost(groups, watch, self.policy.model.device)
         return {**rollout_metrics(groups), **self.reward.metrics(), **metrics, **costs}, groups
 
-    def collect(self, step: int, watch: Stopwatch) -> list[RolloutGroup]:
-        """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ."""
-        config, groups, chosen = self.config, [], []
+    def collect(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = ()) -> list[RolloutGroup]:
+        """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ.
+
+        `saved` are the groups of the same step that an `Unjudged` left: they are scored, and not sampled again.
+        """
+        config, groups, chosen = self.config, list[RolloutGroup](), []
         for batch in range(config.max_batches if config.dynamic_sampling else 1):
             drawn = self.sampler.take(config.batch_prompts)
             chosen += drawn
             with self.console.progress(f"{self.stage}: sampling", config.batch_prompts * config.group_size) as advance:
-                groups += roll_out(
-                    self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
-                    seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
-                    first_group=len(groups), watch=watch, on_done=advance,
-                )  # fmt: skip
+                try:
+                    groups += roll_out(
+                        self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
+                        seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
+                        first_group=len(groups), watch=watch, on_done=advance,
+                        saved=saved[len(groups) : len(groups) + len(drawn)],
+                    )  # fmt: skip
+                except Unjudged as error:
+                    raise Unjudged(str(error), groups + error.groups) from error
             if len(_differing(groups)) >= config.batch_prompts:
                 break
         if config.dynamic_sampling:

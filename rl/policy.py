@@ -5,7 +5,7 @@ Another generator (a serving engine) replaces `sample` and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,13 @@ from ..engine import (
     load_model,
     load_tokenizer,
 )
-from ..engine.generate import GeneratorConfig
+from ..engine.generate import GeneratorConfig, OnDone
 from ..engine.model import DTYPES, ModelConfig, pick_device, stop_tokens
 from ..kernels import LogProbs, PolicyLoss
 from .config import nearest
 from .prompts import Prompt
 
 SHIPPED = "shipped:"
-OnDone = Callable[[int], object]
 
 
 def model_source(config: ModelConfig) -> str:
@@ -86,11 +85,11 @@ class Policy:
         group_size: int,
         sampling: Sampling,
         seed: int,
-        on_done: OnDone = lambda count: None,
+        on_done: OnDone = lambda prompt, place, completion: None,
     ) -> list[list[Completion]]:
         """G completions of each prompt; the same call on the same weights gives the same completions.
 
-        `on_done` is told how many completions have just ended.
+        `on_done` is handed each as it ends (a generator that can't tell may leave it: what is returned counts).
         """
         ids = [torch.tensor(prompt.ids) for prompt in prompts]
         with self.precision():

@@ -14,6 +14,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from .report_agreement import read_agreement
 from .report_data import Notes, Row, embed, read_accuracy, read_metrics, read_recipe, stage_rank
 from .report_pool import read_pools
 from .report_samples import read_samples
@@ -45,6 +46,7 @@ def collect(run_dir: Path) -> Row:
         "metrics": read_metrics(run_dir, notes),
         "accuracy": read_accuracy(run_dir, notes),
         "pools": read_pools(run_dir, notes),
+        "agreement": read_agreement(run_dir, notes),
         "samples": read_samples(run_dir, notes),
     }
     return data | {"status": _status(run_dir, data), "notes": notes}

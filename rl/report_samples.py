@@ -60,7 +60,6 @@ def _training(run_dir: Path, notes: Notes) -> tuple[list[Row], int]:
 
 def _training_row(raw: Row, stage: str) -> Row:
     text, cut = shorten(str(raw.get("completion")))
-    rewards = raw.get("rewards")
     tokens = raw.get("completion_ids")
     return {
         "kind": "training",
@@ -72,7 +71,7 @@ def _training_row(raw: Row, stage: str) -> Row:
         "text": text,
         "cut": cut,
         "reward": number(raw.get("reward")),
-        "rewards": {str(k): number(v) for k, v in rewards.items()} if isinstance(rewards, dict) else {},
+        "rewards": _parts(raw.get("rewards")),
         "advantage": number(raw.get("advantage")),
         "finish": str(raw.get("finish_reason")),
         "reason": _text_or_none(raw.get("reason")),
@@ -111,12 +110,13 @@ def _question_rows(raw: Row, stage: str) -> list[Row]:
         "answers": [str(answer) for answer in _list(raw.get("answers"))],
     }
     rows: list[Row] = []
-    scores, reasons = _list(raw.get("scores")), _list(raw.get("reasons"))
+    scores, reasons, rewards = (_list(raw.get(name)) for name in ("scores", "reasons", "rewards"))
     for index, completion in enumerate(_list(raw.get("completions"))):
         text, cut = shorten(str(completion))
         score = number(scores[index]) if index < len(scores) else None
         reason = _text_or_none(reasons[index]) if index < len(reasons) else None
-        rows.append(shared | {"text": text, "cut": cut, "reward": score, "reason": reason})
+        parts = _parts(rewards[index]) if index < len(rewards) else {}
+        rows.append(shared | {"text": text, "cut": cut, "reward": score, "rewards": parts, "reason": reason})
     return rows
 
 
@@ -150,6 +150,10 @@ def _count_lines(path: Path) -> int:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _parts(value: Any) -> Row:
+    return {str(k): number(v) for k, v in value.items()} if isinstance(value, dict) else {}
 
 
 def _text_or_none(value: Any) -> str | None:

@@ -1,19 +1,23 @@
 """The reward of a completion: max(rule, judge), or a function of yours with TRL's signature.
 
 The strict rule reads the announced answer and compares it (`answers.py`, `numbers.py`); `published` is the released
-QwenLong-L1 rule, kept for comparison. The judge is asked only where the rule gives less than 1. None means "no
-verdict": such a completion is left out of its group's statistics and never becomes a 0. Rewards are outcome only:
-no format reward, no process reward.
+QwenLong-L1 rule, kept for comparison. The judge is asked only where the rule gives less than 1, and of a share of the
+rest, which changes no reward and shows a rule that is gamed. Both work while other completions are still being generated
+(`scoring.py`). None means "no verdict": such a completion is left out of its group's statistics and never becomes a 0.
+Rewards are outcome only: no format reward, no process reward.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import os
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from . import answers as strict
@@ -22,12 +26,11 @@ from .judge import Case, Judge, JudgeConfig, make_judge
 from .prompts import question_of
 from .published import published_score
 from .rows import Example
+from .scoring import Ended, Looked, Scoring
 
 SCORINGS = ("strict", "published")
 # Reasons for which there is nothing to show a judge: it would be asked to guess.
 _NOT_JUDGED = frozenset(("placeholder", "empty", "truncated"))
-# Characters of a completion without announced answer that the judge sees.
-_TAIL = 500
 _Result = TypeVar("_Result")
 
 
@@ -113,13 +116,18 @@ def rule_reward(
     return Verdict(0.0, "hedged" if hedged else "wrong", extracted)
 
 
-def make_reward(config: RewardConfig, environ: Mapping[str, str] = os.environ) -> Reward:
-    """The reward that a config describes. environ is where the judge's API key is looked up.
+def make_reward(
+    config: RewardConfig,
+    environ: Mapping[str, str] = os.environ,
+    home: Path | None = None,
+    warn: Callable[[str], object] = warnings.warn,
+) -> Reward:
+    """The reward that a config describes. environ is where the judge's API key is looked up, `home` the run folder.
 
-    Raises ValueError if the function cannot be found or the key is not set.
+    Raises ValueError if the function cannot be found, the key is not set, or the judge's model or cache can't be read.
     """
     function = load_function(config.function) if config.function else None
-    judge = make_judge(config.judge, environ) if config.judge else None
+    judge = make_judge(config.judge, environ, home, warn) if config.judge else None
     return Reward(config, function, judge)
 
 
@@ -138,6 +146,11 @@ class Reward:
         """The judge's counters since the start; empty without a judge."""
         return self.judge.metrics() if self.judge else {}
 
+    def scoring(self, group_size: int) -> Scoring[Verdict | None]:
+        """A block within which completions are handed in as they end; `finish` scores them."""
+        settings = self.config.judge or JudgeConfig
+        return Scoring(self._look, self.judge, group_size=group_size, max_wait=settings.max_wait)
+
     def score(
         self,
         examples: Sequence[Example],
@@ -146,31 +159,47 @@ class Reward:
         completion_ids: Sequence[Sequence[int]],
         finish_reasons: Sequence[str],
     ) -> list[Scored]:
-        """Score completions, one example each (repeated for each completion of a group), in order.
+        """Score completions that are all there, one example each, in order. Errors as `finish`."""
+        with self.scoring(max(1, len(completions))) as scoring:
+            for index, ended in enumerate(zip(examples, completions, finish_reasons, strict=True)):
+                scoring.add(index, Ended(*ended))
+            return self.finish(scoring, examples, prompts, completions, completion_ids)
+
+    def finish(
+        self,
+        scoring: Scoring[Verdict | None],
+        examples: Sequence[Example],
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+    ) -> list[Scored]:
+        """The scores of all completions, which were handed in before, one example each (repeated within a group).
 
         An exception of the user's function goes through. Raises ValueError if it returns a wrong number of values,
-        or one that is neither a finite number nor None.
+        or one that is neither a finite number nor None, and JudgeFailing if the judge is no use.
         """
-        assert len(examples) == len(prompts) == len(completions) == len(completion_ids) == len(finish_reasons)
-        rules = [
-            self._rule(*row) if row[0].answers else None
-            for row in zip(examples, completions, finish_reasons, strict=True)
-        ]
-        wanted = [self.judge is not None and rule is not None and not self._settled(rule) for rule in rules]
-        cases = [
-            Case(question_of(example), example.answers, _prediction(completion, rule))
-            for example, completion, rule, ask in zip(examples, completions, rules, wanted, strict=True)
-            if ask and rule is not None
-        ]
-        # Called here and not in the event loop: a plain function may run a loop of its own.
-        returned = (
-            self.function(**trl_columns(examples, prompts, completions, completion_ids)) if self.function else None
-        )
-        judged, returned = _run(self._gather(cases, returned))
-        values = checked_values(returned, len(completions), self._name) if self.function else [None] * len(completions)
-        verdicts = iter(judged)
-        asked = [next(verdicts) if ask else None for ask in wanted]
-        return [self._combine(*row) for row in zip(rules, wanted, asked, values, strict=True)]
+        assert len(examples) == len(prompts) == len(completions) == len(completion_ids)
+        values: list[float | None] = [None] * len(completions)
+        if self.function:
+            # Of all completions at once and in this thread: it may compare them, draw random numbers, or run a loop.
+            returned = self.function(**trl_columns(examples, prompts, completions, completion_ids))
+            returned = _run(_settle(returned)) if inspect.isawaitable(returned) else returned
+            values = checked_values(returned, len(completions), self._name)
+        looked = scoring.results()
+        if self.judge is not None:
+            self.judge.check()
+        return [self._combine(*row) for row in zip(looked, values, strict=True)]
+
+    def _look(self, ended: Ended) -> tuple[Verdict | None, Case | None]:
+        """The rule's verdict, and what to ask the judge. Runs in another thread: it reads this object and no more."""
+        example = ended.example
+        rule = self._rule(example, ended.text, ended.finish_reason) if example.answers else None
+        shown = self._shown(ended.text, rule) if self.judge is not None and rule is not None else None
+        if shown is None or rule is None:
+            return rule, None
+        case = Case(question_of(example), example.answers, shown)
+        accepted = self.config.rule and rule.score >= 1.0
+        return rule, None if accepted and not self._audited(case) else case
 
     def _rule(self, example: Example, completion: str, finish_reason: str) -> Verdict:
         verdict = rule_reward(
@@ -186,44 +215,44 @@ class Reward:
         cut = verdict.reason == "no_answer" or strict.is_cut(strict.after_thinking(completion) or "")
         return Verdict(0.0, "truncated", verdict.extracted) if cut else verdict
 
-    def _settled(self, rule: Verdict) -> bool:
-        """Whether the judge has nothing to add."""
-        return rule.reason in _NOT_JUDGED or (self.config.rule and rule.score >= 1.0)
+    def _shown(self, completion: str, rule: Verdict) -> str | None:
+        """The answer as the judge sees it; None where it would have to guess."""
+        if rule.reason in _NOT_JUDGED:
+            return None
+        if rule.extracted is not None:
+            return rule.extracted
+        tail = self.config.judge.tail if self.config.judge else 0
+        return ((strict.after_thinking(completion) or "").strip()[-tail:] if tail else "") or None
 
-    async def _gather(self, cases: list[Case], returned: Any) -> tuple[list[float | None], Any]:
-        """(verdicts, what the user's function returned); an async function and the judge wait at the same time."""
+    def _audited(self, case: Case) -> bool:
+        """Whether an accepted answer is judged all the same: the same ones in each run."""
+        share = self.config.judge.audit if self.config.judge else 0.0
+        draw = hashlib.sha256(repr(case).encode(errors="backslashreplace")).digest()[:8]
+        return int.from_bytes(draw) < share * 2**64
 
-        async def ask() -> list[float | None]:
-            return await self.judge.verdicts(cases) if self.judge and cases else []
-
-        async def settle(value: Awaitable[Any]) -> Any:
-            return await value if inspect.isawaitable(value) else value
-
-        verdicts, values = await asyncio.gather(ask(), settle(returned))
-        return verdicts, values
-
-    def _combine(self, rule: Verdict | None, asked: bool, judged: float | None, value: float | None) -> Scored:
+    def _combine(self, looked: Looked[Verdict | None], value: float | None) -> Scored:
+        rule, judged = looked.rule, looked.judged
         parts: dict[str, float | None] = {}
         if self.config.rule:
             parts["rule"] = rule.score if rule else None
         if self.judge is not None:
-            nothing_to_judge = rule is not None and rule.reason in _NOT_JUDGED
-            parts["judge"] = 0.0 if nothing_to_judge and not self.config.rule else judged
+            # Not asked though it alone decides: there was no answer to show it.
+            parts["judge"] = 0.0 if rule is not None and not looked.asked and not self.config.rule else judged
         if self.function is not None:
             parts[self._name] = value
         known = [part for part in parts.values() if part is not None]
         best = max(known, default=None)
         reason = rule.reason if rule else "no_gold"
-        if asked and judged is None and (best is None or best < 1.0):
+        if looked.asked and judged is None and (best is None or best < 1.0):
             # max(rule, unknown) is unknown: a 0 here would be a made-up label inside the group.
             return Scored(None, parts, "judge_failed")
-        if judged is not None and rule is not None and judged > rule.score:
-            reason = "judged_correct"
+        if judged is not None and rule is not None and judged != rule.score:
+            reason = "judged_correct" if judged > rule.score else "disputed" if self.config.rule else reason
         return Scored(best, parts, reason)
 
 
-def _prediction(completion: str, rule: Verdict) -> str:
-    return rule.extracted or (strict.after_thinking(completion) or "").strip()[-_TAIL:]
+async def _settle(value: Awaitable[Any]) -> Any:
+    return await value
 
 
 def _run(coroutine: Coroutine[Any, Any, _Result]) -> _Result:

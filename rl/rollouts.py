@@ -5,15 +5,17 @@ A step can be trained from the dump alone: floats survive JSON exactly, and prom
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..engine import Sampling
-from .policy import OnDone, Policy
+from ..engine import Completion, Sampling
+from .judge_base import JudgeFailing
+from .policy import Policy
 from .prompts import Prompt, render
-from .rewards import Reward
+from .rewards import Reward, Scored
 from .run import Stopwatch
+from .scoring import Ended, Scoring
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ class RolloutGroup:
         return RolloutGroup(self.prompt, tuple(replace(r, advantage=a, used=True) for r, a in pairs))
 
 
+class Unjudged(ValueError):
+    """Completions that the judge failed to score: `groups` holds them without rewards, to be scored another time."""
+
+    def __init__(self, text: str, groups: list[RolloutGroup]) -> None:
+        super().__init__(text)
+        self.groups = groups
+
+
 def roll_out(
     policy: Policy,
     reward: Reward,
@@ -89,33 +99,93 @@ def roll_out(
     step: int,
     first_group: int = 0,
     watch: Stopwatch | None = None,
-    on_done: OnDone = lambda count: None,
+    on_done: Callable[[int], object] = lambda count: None,
+    saved: Sequence[RolloutGroup] = (),
 ) -> list[RolloutGroup]:
-    """Samples and scores G completions of each prompt. Training, the difficulty pass and evaluation all call this."""
+    """Samples and scores G completions of each prompt. Training, the difficulty pass and evaluation all call this.
+
+    Rules and judge work while other completions are still being generated. `on_done` is told how many have just ended;
+    `saved` are groups of the same prompts from an `Unjudged`, which are scored and not sampled again.
+
+    Raises:
+        Unjudged: the judge is no use; what was sampled is in it.
+    """
     watch = watch or Stopwatch()
-    with watch("gen"):
-        sampled = policy.sample(prompts, group_size, sampling, seed, on_done)
-    flat = [(prompt, completion) for prompt, group in zip(prompts, sampled, strict=True) for completion in group]
-    texts = [policy.text(completion) for _, completion in flat]
-    with watch("reward"):
-        scored = reward.score(
-            [prompt.example for prompt, _ in flat],
-            [text for prompt in prompts for text in [render(prompt.example, policy.tokenizer)] * group_size],
-            texts,
-            [list(completion.ids) for _, completion in flat],
-            [completion.finish_reason for _, completion in flat],
+    texts: dict[int, str] = {}
+    with reward.scoring(group_size) as scoring:
+
+        def ended(prompt: int, place: int, completion: Completion) -> None:
+            index = prompt * group_size + place
+            texts[index] = policy.text(completion)
+            scoring.add(index, Ended(prompts[prompt].example, texts[index], completion.finish_reason))
+            on_done(1)
+
+        with watch("gen"):
+            sampled = _completions(saved, prompts) or policy.sample(prompts, group_size, sampling, seed, ended)
+        flat = [completion for group in sampled for completion in group]
+        for index, completion in enumerate(flat):
+            if index not in texts:
+                ended(index // group_size, index % group_size, completion)
+        with watch("reward"):
+            scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
+    if reward.judge is not None:
+        watch.add("reward/judge_wait", scoring.waited)
+        watch.add("reward/judge_time", scoring.judge_seconds)
+    groups = [
+        RolloutGroup(
+            prompt,
+            tuple(
+                _rollout(prompt, completion, texts[i], scored[i], stage=stage, step=step, group=first_group + number)
+                for i, completion in enumerate(group, number * group_size)
+            ),
         )
-    rollouts = [
-        Rollout(
-            stage=stage, step=step, group=first_group + index // group_size, prompt_id=prompt.example.id, benchmark=prompt.example.benchmark, prompt_length=len(prompt.ids),
-            completion_ids=completion.ids, completion=text, logprobs=completion.logprobs, kept_logmass=completion.kept_logmass,
-            finish_reason=completion.finish_reason, rewards=score.parts, reward=score.reward, reason=score.reason,
-        )
-        for index, ((prompt, completion), text, score) in enumerate(zip(flat, texts, scored, strict=True))
-    ]  # fmt: skip
-    return [
-        RolloutGroup(prompt, tuple(rollouts[i * group_size : (i + 1) * group_size])) for i, prompt in enumerate(prompts)
+        for number, (prompt, group) in enumerate(zip(prompts, sampled, strict=True))
     ]
+    if failing is not None:
+        raise Unjudged(str(failing), groups) from failing
+    return groups
+
+
+def _score(
+    reward: Reward, scoring: Scoring[Any], policy: Policy, prompts: Sequence[Prompt], flat: Sequence[Completion],
+    texts: Mapping[int, str],
+) -> tuple[list[Scored], JudgeFailing | None]:  # fmt: skip
+    """The scores; none of them, and why, where the judge is no use."""
+    each = [number for number in range(len(prompts)) for _ in range(len(flat) // len(prompts))]
+    rendered = [render(prompt.example, policy.tokenizer) for prompt in prompts]
+    try:
+        scored = reward.finish(
+            scoring,
+            [prompts[number].example for number in each],
+            [rendered[number] for number in each],
+            [texts[index] for index in range(len(flat))],
+            [list(completion.ids) for completion in flat],
+        )
+    except JudgeFailing as failing:
+        return [Scored(None, {}, "judge_failed")] * len(flat), failing
+    return scored, None
+
+
+def _completions(saved: Sequence[RolloutGroup], prompts: Sequence[Prompt]) -> list[list[Completion]]:
+    if not saved:
+        return []
+    if [group.prompt for group in saved] != list(prompts):
+        raise ValueError("saved completions are of other prompts than this step's: remove unjudged.jsonl from the run")
+    return [
+        [Completion(r.completion_ids, r.logprobs, r.kept_logmass, r.finish_reason) for r in group.rollouts]
+        for group in saved
+    ]
+
+
+def _rollout(
+    prompt: Prompt, completion: Completion, text: str, score: Scored, *, stage: str, step: int, group: int
+) -> Rollout:
+    return Rollout(
+        stage=stage, step=step, group=group, prompt_id=prompt.example.id, benchmark=prompt.example.benchmark,
+        prompt_length=len(prompt.ids), completion_ids=completion.ids, completion=text, logprobs=completion.logprobs,
+        kept_logmass=completion.kept_logmass, finish_reason=completion.finish_reason, rewards=score.parts,
+        reward=score.reward, reason=score.reason,
+    )  # fmt: skip
 
 
 def regroup(lines: Iterable[Mapping[str, Any]], prompts: Mapping[str, Prompt]) -> list[RolloutGroup]:

@@ -53,6 +53,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         return self.root / "metrics.jsonl"
 
+    @property
+    def unjudged_file(self) -> Path:
+        """Completions of the step that the judge failed on."""
+        return self.root / "unjudged.jsonl"
+
     def rollouts_file(self, stage: str, step: int) -> Path:
         return self.root / "rollouts" / stage / f"{step:06d}.jsonl"
 
@@ -104,6 +109,8 @@ class RunFolder:
         for path in (self.root / "rollouts").glob("phase*/*.jsonl"):
             if int(path.stem) > step:
                 path.unlink()
+        if self.unjudged_file.exists() and any(line["step"] != step + 1 for line in read_lines(self.unjudged_file)):
+            self.unjudged_file.unlink()  # of other weights than those that the run goes on from
         for path in (self.root / "evals").glob("*.json"):
             if json.loads(path.read_text())["step"] > step:
                 path.unlink()
@@ -216,5 +223,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            key = f"timing_s/{name}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+            self.add(f"timing_s/{name}", time.perf_counter() - start)
+
+    def add(self, key: str, seconds: float) -> None:
+        """To `key`, which is a metric's full name."""
+        self.seconds[key] = self.seconds.get(key, 0.0) + seconds

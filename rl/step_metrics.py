@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .advantages import reward_spread
+from .agreement import agreement_metrics
 from .rollouts import RolloutGroup
 from .run import Stopwatch
 
@@ -26,6 +27,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "prompt_length/mean": mean_of([len(group.prompt.ids) for group in groups]),
         "sampling/groups": len(groups), "sampling/no_verdict": len(rollouts) - len(rewards),
         **{f"rewards/{name}/mean": mean_of(values) for name, values in known.items()},
+        **agreement_metrics((r.benchmark, r.rewards) for r in rollouts),
     }  # fmt: skip
 
 

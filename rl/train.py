@@ -28,7 +28,7 @@ from .policy import Policy, model_source
 from .recipe import Recipe, to_toml
 from .report import write_report
 from .rewards import make_reward
-from .rollouts import RolloutGroup, regroup
+from .rollouts import RolloutGroup, Unjudged, regroup
 from .run import RunFolder, read_lines
 from .sampler import PromptSampler
 from .seeds import derive, seed_everything
@@ -111,7 +111,7 @@ class Run:
         policy = Policy(recipe.model, recipe.generator, full)
         if self.checkpoint and recipe.model.lora:
             state.load_adapters(policy, self.checkpoint)
-        reward = make_reward(recipe.reward)
+        reward = make_reward(recipe.reward, home=folder.root, warn=console.warn)
         self.context = passes.Context(
             recipe, folder, console, prompts, policy, reward, replay, self._stop_if_interrupted
         )
@@ -174,9 +174,16 @@ class Run:
 
         def one(step: int, learning_rate: float) -> dict[str, float]:
             number = self.progress.step + 1
-            metrics, groups = trainer.step(number, learning_rate, self._replayed(stage.name, number))
+            try:
+                metrics, groups = trainer.step(
+                    number, learning_rate, self._replayed(stage.name, number), self._unjudged(stage.name)
+                )
+            except Unjudged as error:
+                self._keep(error)
+                raise
             rollouts = [rollout.dump() for group in groups for rollout in group.rollouts]
             self.folder.write_lines(self.folder.rollouts_file(stage.name, number), rollouts)
+            self.folder.unjudged_file.unlink(missing_ok=True)
             self.progress.sampler = sampler.state()
             self.progress.entropy = trainer.entropy.state()
             return metrics
@@ -266,6 +273,20 @@ class Run:
         if not path.exists():
             raise ValueError(f"{path} is missing: {self.context.replay} has no saved rollouts of that step to replay")
         return regroup(read_lines(path), {p.example.id: p for p in self.context.prompts.train})
+
+    def _unjudged(self, stage: str) -> list[RolloutGroup]:
+        """What the step before us, this one, had sampled when the judge failed it."""
+        path = self.folder.unjudged_file
+        lines = [line for line in read_lines(path) if line["stage"] == stage] if path.exists() else []
+        return regroup(lines, {p.example.id: p for p in self.context.prompts.train})
+
+    def _keep(self, error: Unjudged) -> None:
+        """The step's completions, and the weights that made them: the same command scores them and goes on."""
+        if self.progress.stage_step:  # else the stage's beginning is saved already
+            self._save()
+        rollouts = [rollout.dump() for group in error.groups for rollout in group.rollouts]
+        self.folder.write_lines(self.folder.unjudged_file, rollouts)
+        self.console.warn(f"{len(rollouts)} completions of this step are kept in {self.folder.unjudged_file}")
 
     def _stop_if_interrupted(self) -> None:
         if self.interrupted:

@@ -1,7 +1,7 @@
 // The page, section by section, from the JSON embedded in it.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { metrics, accuracy, pools, samples, recipe, status } = data;
+const { metrics, accuracy, pools, agreement, samples, recipe, status } = data;
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 
 function section(id, short, title, lead, ...content) {
@@ -109,6 +109,8 @@ const CURVES = [
   ["KL to the reference", { unit: "nats per token", zero: true }, [["kl", "kl"]]],
   ["Throughput", { unit: "tokens/s", zero: true }, [["perf/throughput", "throughput"]]],
   ["Time per step", { unit: "s", zero: true }, [["timing_s/step", "step"], ["timing_s/gen", "generation"], ["timing_s/update_actor", "update"], ["timing_s/reward", "reward"]]],
+  ["Judge", { unit: "s per step", zero: true }, [["reward/judge_time", "at work"], ["reward/judge_wait", "waited for"]]],
+  ["Judge failures", { unit: "share of the last answers", zero: true, one: true }, [["judge/failure_rate", "no verdict"], ["judge/breaker", "breaker open"]]],
 ];
 const BY_STAGE = [["Loss", {}, "loss"], ["Gradient norm", { zero: true }, "grad_norm"]];
 
@@ -151,6 +153,15 @@ function drawPool(pool) {
     h("div", { class: "two" }, h("div", { class: "card" }, histogramChart(pool.histogram)),
       h("div", { class: "card scroll" }, table(["", "why", "prompts"].map((text, at) => h("th", { scope: "col", class: at === 1 ? "text" : null }, text)), reasons))),
     h("div", { class: "card tall", tabindex: 0, role: "region", "aria-label": "prompts of the pool" }, table(columns.map((text, at) => h("th", { scope: "col", class: [1, 7].includes(at) ? "text" : null }, text)), rows, shown)));
+}
+
+function drawAgreement() {
+  const share = (part, whole) => (whole ? accuracyText(part / whole) : "–");
+  const heads = [["stage", "text"], ["from", "text"], ["benchmark", "text"], ["both yes"], ["rule yes, judge no"], ["of the rule's yes"], ["rule no, judge yes"], ["of the rule's no"], ["both no"]];
+  const rows = agreement.map((row) => h("tr", {}, h("td", { class: "text" }, stageName(row.stage)), h("td", { class: "text" }, row.kind), h("td", { class: "text" }, row.benchmark),
+    [format(row.both), format(row.rule_only), share(row.rule_only, row.both + row.rule_only), format(row.judge_only), share(row.judge_only, row.judge_only + row.neither), format(row.neither)].map((text) => h("td", {}, text))));
+  section("agreement", "Agreement", "Rule and judge", "Completions that both have scored. “Rule yes, judge no” that grows over the stages is the mark of a gamed rule, “rule no, judge yes” of a rule too strict or of a judge that is talked into it. The judge sees only a share of what the rule accepts (reward.judge.audit), so compare shares, not counts; the completions in question are found below by their reasons “disputed” and “judged_correct”.",
+    h("div", { class: "card scroll" }, table(heads.map(([text, kind]) => h("th", { scope: "col", class: kind ?? null }, text)), rows)));
 }
 
 function rewardKind(value) {
@@ -217,5 +228,6 @@ drawTop();
 drawAccuracy();
 drawCurves();
 if (pools.length) section("pool", "Pool", "Retrospective pool", "Difficulty of each prompt after a phase (1 / mean reward), and the hard ones carried into the next phase.", h("div", { class: "stack" }, pools.map(drawPool)));
+if (agreement.length) drawAgreement();
 drawCompletions();
 if (recipe.text !== null) section("recipe", "Recipe", "Recipe", "Resolved: every key that was used, defaults and overrides included.", h("pre", { tabindex: 0 }, recipe.text));

@@ -128,6 +128,22 @@ def test_it_leaves_the_global_random_state_alone(load: Callable[..., Any]) -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("budget", [1 << 20, 60])
+def test_each_completion_is_handed_out_once_as_it_ends(budget: int, load: Callable[..., Any]) -> None:
+    """With its prompt and place, in one batch and in several, and before what ends after it."""
+    model = load("qwen3")
+    steps, seen = [0], list[tuple[int, int, Completion, int]]()
+    model.get_decoder().register_forward_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
+    made = generate(
+        model, prompts_of(), 3, Sampling(9), stop_ids=list(range(0, 64, 5)), seed=2, batch_tokens=budget,
+        on_done=lambda prompt, place, completion: seen.append((prompt, place, completion, steps[0])),
+    )  # fmt: skip
+    assert len(seen) == len({(prompt, place) for prompt, place, _, _ in seen}) == 3 * len(made)
+    assert all(made[prompt][place] == completion for prompt, place, completion, _ in seen)
+    assert seen[0][3] < seen[-1][3] == steps[0], "not all at the end"
+    assert {completion.finish_reason for _, _, completion, _ in seen} == {"stop", "length"}
+
+
 def reported(made: list[list[Completion]]) -> Tensor:
     pairs = [zip(c.logprobs, c.kept_logmass, strict=True) for group in made for c in group]
     return torch.tensor([logp + mass for pair in pairs for logp, mass in pair])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from longreach.rl.grpo import GrpoConfig, GrpoTrainer
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.recipe import Recipe
-from longreach.rl.rewards import Scored
+from longreach.rl.rewards import Reward, RewardConfig, Scored
 from longreach.rl.rollouts import Rollout, RolloutGroup
 from longreach.rl.sampler import PromptSampler
 
@@ -103,14 +105,15 @@ def make_prompts() -> Callable[..., list[Prompt]]:
     return make
 
 
-class ScriptedReward:
-    """Stands in for `Reward`: the reward of a completion is a function of its example and its place in the group."""
+class ScriptedReward(Reward):
+    """A `Reward` whose verdict on a completion is a function of its example and its place in the group."""
 
     def __init__(self, rule: Callable[[Example, int], float | None]) -> None:
+        super().__init__(RewardConfig(), None, None)
         self.rule = rule
         self.asked: list[str] = []
 
-    def score(self, examples: Sequence[Example], *_: Any) -> list[Scored]:
+    def finish(self, scoring: Any, examples: Sequence[Example], *_: Any, **__: Any) -> list[Scored]:
         self.asked += [example.id for example in examples]
         places: dict[str, int] = {}
         scores = []
@@ -119,9 +122,6 @@ class ScriptedReward:
             value = self.rule(example, place)
             scores.append(Scored(value, {"rule": value}, "scripted"))
         return scores
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 @pytest.fixture
@@ -189,6 +189,20 @@ def noisy(completion_ids, **columns):
     """Draws from every generator that belongs to nobody."""
     return [(random.random() + float(np.random.rand()) + float(torch.rand(()))) / 3 for ids in completion_ids]
 '''
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A judge's server that behaves as `server.respond` says (`judge_server.py`)."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    spec = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("judge_server.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    running = module.Server()
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from longreach.rl.answers import normal_form
 from longreach.rl.data import Example
-from longreach.rl.judge import Case
+from longreach.rl.judge import Case, Judge, JudgeConfig
 from longreach.rl.rewards import Reward, RewardConfig, make_reward, rule_reward
 
 
@@ -268,7 +268,7 @@ def score(reward: Reward, examples: Sequence[Example], completions: Sequence[str
     return reward.score(examples, prompts, completions, ids, [finish] * len(completions))
 
 
-class FixedJudge:
+class FixedJudge(Judge):
     def __init__(self, verdict: float | None) -> None:
         self.verdict, self.cases = verdict, list[Case]()
 
@@ -295,11 +295,15 @@ def test_judge_is_asked_only_where_the_rule_fails(verdict: float | None, reward:
     assert (scored[1].reward, scored[1].reason) == (reward, reason)
 
 
-def test_judge_sees_the_tail_when_nothing_is_announced_and_nothing_of_a_non_answer() -> None:
+def test_judge_sees_a_tail_only_if_asked_for_and_nothing_of_a_non_answer() -> None:
     judge = FixedJudge(1.0)
     completions = [NONE, "the answer is (insert answer here)", "", "<think>Paris, I guess"]
     scored = score(Reward(RewardConfig(), None, judge), [PLAIN] * 4, completions)
-    assert [case.prediction for case in judge.cases] == [NONE]
+    assert judge.cases == [], "no announced answer, so nothing to show"
+    assert [one.reward for one in scored] == [0.0] * 4
+    config = RewardConfig(judge=JudgeConfig(base_url="http://x/v1", model="m", tail=7))
+    scored = score(Reward(config, None, judge), [PLAIN] * 4, completions)
+    assert [case.prediction for case in judge.cases] == ["n it is"]
     assert [one.reward for one in scored] == [1.0, 0.0, 0.0, 0.0]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import math
 import random
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -13,9 +17,13 @@ import pytest
 import torch
 
 from longreach.engine import Group, Sampling
+from longreach.engine.generate import GeneratorConfig
+from longreach.rl.judge import JudgeConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
-from longreach.rl.rollouts import Rollout, RolloutGroup, regroup, roll_out
+from longreach.rl.rewards import Reward, RewardConfig, make_reward
+from longreach.rl.rollouts import Rollout, RolloutGroup, Unjudged, regroup, roll_out
+from longreach.rl.run import Stopwatch
 
 SAMPLING = Sampling(6, temperature=0.7, top_p=0.9)
 SPEC = {
@@ -156,3 +164,87 @@ def test_a_truncated_prompt_is_sampled_as_it_was_cut(
     group = roll_out(policy, scripted(lambda e, p: 1.0), [prompt], 2, SAMPLING, seed=0, stage="s", step=0)[0]
     assert group.prompt is prompt
     assert group.rollouts[0].prompt_length == 40
+
+
+def judged(server: Any, **options: Any) -> Reward:
+    """Every completion is judged: the rule has no part, and the tail of what announces nothing is shown."""
+    config = JudgeConfig(base_url=server.url, model="m", tail=200, **options)
+    return make_reward(RewardConfig(rule=False, judge=config), {})
+
+
+def test_the_judge_works_while_other_groups_are_generated(
+    policy: Policy, make_prompts: Callable[..., list[Prompt]], server: Any
+) -> None:
+    """One prompt a batch, eight batches: all but the last one's judging happens within generation."""
+    policy = copy.copy(policy)
+    policy.generator = GeneratorConfig(60)  # 9 + 3 x 16 tokens: one prompt at a time
+    policy.model.get_decoder().register_forward_hook(lambda *_: time.sleep(0.004))  # a larger model's step
+    server.respond = lambda _n, _body: server.after(0.2, server.chat("[[YES]]"))
+    ended: list[float] = []
+    watch = Stopwatch()
+    groups = roll_out(
+        policy, judged(server), make_prompts(*[9] * 8), 3, Sampling(16, 1.0), seed=3, stage="s", step=1, watch=watch,
+        on_done=lambda count: ended.append(time.monotonic()),
+    )  # fmt: skip
+    assert len(ended) == 24
+    asked = [r for g in groups for r in g.rollouts if r.rewards["judge"] == 1.0]
+    assert len(asked) == len(server.times) > 8
+    assert server.times[0] < ended[len(ended) // 2], "asked long before generation had ended"
+    seconds = watch.seconds
+    assert seconds["reward/judge_time"] > 0.4, "the union of its working times"
+    assert seconds["reward/judge_wait"] < seconds["reward/judge_time"] / 2, "hidden behind generation"
+    assert seconds["reward/judge_wait"] <= seconds["timing_s/reward"] < seconds["timing_s/gen"]
+
+
+def test_what_is_scored_does_not_hang_on_when_it_was(
+    policy: Policy, make_prompts: Callable[..., list[Prompt]], server: Any
+) -> None:
+    """Answers that take different times, batches of any size, all at once at the end: the same rollouts."""
+
+    def respond(number: int, body: dict[str, Any]) -> Any:
+        yes = hashlib.sha256(body["messages"][1]["content"].encode()).digest()[0] % 2
+        return server.after(0.01 * (number * 7 % 5), server.chat("[[YES]]" if yes else "[[NO]]"))
+
+    server.respond = respond
+    prompts, made = make_prompts(9, 5, 30, 9), []
+    for budget, streaming in ((1 << 20, True), (80, True), (1 << 20, False)):
+        one = copy.copy(policy)
+        one.generator = GeneratorConfig(budget)
+        if not streaming:  # a generator that can't tell when a completion ends
+            one.sample = lambda *a, one=one: Policy.sample(one, *a[:4])  # type: ignore[method-assign]
+        made.append(roll_out(one, judged(server), prompts, 3, SAMPLING, seed=7, stage="s", step=1))
+    facts = [[(r.completion_ids, r.rewards, r.reward, r.reason) for g in groups for r in g.rollouts] for groups in made]
+    assert facts[0] == facts[1] == facts[2]
+    assert {reward for _, _, reward, _ in facts[0]} == {0.0, 1.0}
+
+
+def test_an_exception_within_generation_leaves_no_thread(
+    policy: Policy, make_prompts: Callable[..., list[Prompt]], server: Any
+) -> None:
+    def stop(count: int) -> None:
+        assert any(thread.name == "scoring" for thread in threading.enumerate())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        roll_out(policy, judged(server), make_prompts(5), 2, SAMPLING, seed=0, stage="s", step=0, on_done=stop)
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith(("scoring", "rules", "asyncio")) for name in names), names
+
+
+def test_saved_completions_are_scored_and_not_sampled_again(
+    policy: Policy, make_prompts: Callable[..., list[Prompt]], server: Any, scripted: Callable[..., Any]
+) -> None:
+    prompts = make_prompts(5, 9)
+    server.respond = lambda _n, _body: server.http(403)
+    with pytest.raises(Unjudged, match="403") as stopped:
+        roll_out(policy, judged(server), prompts, 3, SAMPLING, seed=7, stage="s", step=1, first_group=2)
+    saved = stopped.value.groups
+    assert [r.reward for g in saved for r in g.rollouts] == [None] * 6
+    server.respond = lambda _n, _body: server.chat("[[YES]]")
+    again = roll_out(
+        policy, judged(server), prompts, 3, SAMPLING, seed=99, stage="s", step=1, first_group=2, saved=saved
+    )
+    fresh = roll_out(policy, judged(server), prompts, 3, SAMPLING, seed=7, stage="s", step=1, first_group=2)
+    assert again == fresh
+    with pytest.raises(ValueError, match="other prompts"):
+        roll_out(policy, judged(server), prompts[::-1], 3, SAMPLING, seed=7, stage="s", step=1, saved=saved)
