@@ -5,7 +5,7 @@ A backward runs outside its caller's `torch.autocast`, so whoever recomputes mus
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,12 @@ class Precision:
 
     @classmethod
     def current(cls, device: str) -> Precision:
-        """Of the caller, on a type of device ("cpu", "cuda")."""
+        """Of the caller, on a type of device ("cpu", "cuda", or "meta", which has none)."""
+        if not torch.amp.is_autocast_available(device):
+            return cls(device, False, torch.float32)
         return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
     def __call__(self) -> AbstractContextManager[object]:
+        if not torch.amp.is_autocast_available(self.device):
+            return nullcontext()
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
