@@ -166,3 +166,11 @@ def test_weights_that_would_round_updates_away_are_refused(dtype: torch.dtype) -
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError, match=f"{name}, which rounds small updates away.*autocast"):
         make_optimizer(small_model().to(dtype), OptimizerConfig())
+
+
+def test_a_kind_that_is_unknown_or_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"optimizer.kind is 'sgd': it must be one of adamw, adamw-8bit, adamw-offload"):
+        OptimizerConfig(kind="sgd")
+    monkeypatch.setattr("longreach.engine.optimizer.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'adamw-8bit' needs torchao: install longreach\[torchao\]"):
+        make_optimizer(small_model(), OptimizerConfig(kind="adamw-8bit"))
