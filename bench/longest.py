@@ -3,10 +3,12 @@
     fixed + a + b P = budget      fixed: weights and AdamW's averages; a + b P: fitted to the peaks of updates of several P
 
 `memory.py` measures a peak, this asks for the prompt that a peak allows. An update is a group's forward, policy loss and
-gradients of all weights. Peaks are measured, the longest prompt is read off the fitted line (`fit_error`: its largest
-distance from a peak): P is beyond what was run, since a peak hangs on P linearly once no score matrix exists. On a CPU the
-model is small, and so is the budget: the order of the lines is the result, not their lengths. Buffers on the host are
-counted beside, not in it. Sequence parallelism is modelled (b / ranks), and marked so.
+gradients of all weights. Peaks are measured, the longest prompt is read off the fitted line, far beyond what was run: a peak
+is linear in P once no score matrix exists and what no prompt changes is small beside it. `fit_error` is the line's largest
+distance from a peak, `check_error` from one at half as many tokens again, which it hasn't seen. A shared prompt is a quarter
+of the tokens, so it is measured at four times the length. On a CPU the model is small, and so is the budget: the order of the
+lines is the result, not their lengths. Buffers on the host are counted beside. Sequence parallelism is modelled (b / ranks),
+and marked so.
 
 Further rows say what the optimizers and adapters save a parameter, which no prompt's length changes.
 
@@ -41,7 +43,7 @@ DIMS = {
     "cpu": {"G": 4, "R": 32, "layers": 12, "D": 64, "V": 4096, "tile": 64},
     "cuda": {"G": 8, "R": 1024, "layers": 12, "D": 2048, "V": 151936, "tile": 8192},
 }
-LENGTHS = {"cpu": (256, 512, 768, 1024), "cuda": (2048, 4096, 8192, 16384)}
+LENGTHS = {"cpu": (512, 768, 1024), "cuda": (4096, 8192, 16384)}
 BUDGET_MIB = {"cpu": 256, "cuda": 81920}
 HEAD_DIM = {"cpu": 32, "cuda": 128}
 RANKS = 8
@@ -81,7 +83,7 @@ def rows(device: str, dims: Mapping[str, int], lengths: Sequence[int], budget_mi
     for name, options in LADDER.items():
         row = ladder_row(device, dims, lengths, budget_mib, name, options)
         if last is not None:
-            row["saved_mib"] = last["peaks_mib"][-1] - row["peaks_mib"][-1]
+            row["saved_per_token"] = last["bytes_per_token"] - row["bytes_per_token"]
         yield (last := row)
     assert last is not None
     yield shared_out(last, budget_mib)
@@ -89,27 +91,35 @@ def rows(device: str, dims: Mapping[str, int], lengths: Sequence[int], budget_mi
 
 
 def ladder_row(
-    device: str, dims: Mapping[str, int], lengths: Sequence[int], budget_mib: float, name: str, options: Mapping[str, Any]
+    device: str,
+    dims: Mapping[str, int],
+    lengths: Sequence[int],
+    budget_mib: float,
+    name: str,
+    options: Mapping[str, Any],
 ) -> Row:
     model = make_model(device, dims)
     fixed = sum(p.nbytes + 8 * p.numel() for p in model.parameters())
     asked = {key: value for key, value in options.items() if key != "tile"}
     save_memory(model, tile_tokens=dims["tile"] if options.get("tile") else 0, **asked)
     stores = {id(s): s for s in map(_store, model.modules()) if s is not None}
+    lengths = [length * (dims["G"] if name == SHARED else 1) for length in lengths]
     peaks, host = [], 0
-    for length in lengths:
+    for length in (*lengths, further := lengths[-1] * 3 // 2):
         run = update(model, dims, length, name)
         if stores:
             run()  # buffers on the host stay, and no update after the first makes them
         peaks.append(peak_bytes(run, device))
         host = sum(s.bytes for s in stores.values())
+    check = peaks.pop()
     slope, start = (float(x) for x in np.polyfit(lengths, peaks, 1))
     fitted = np.polyval([slope, start], lengths)
     return {
         **about(device, dims, name), "status": "measured", "reason": None, "counted": COUNTED[device],
         "lengths": list(lengths), "peaks_mib": [peak / MIB for peak in peaks], "fixed_mib": fixed / MIB,
         "host_mib": host / MIB, "bytes_per_token": slope, "start_mib": start / MIB,
-        "fit_error": float(np.abs(fitted / np.array(peaks) - 1).max()), "budget_mib": budget_mib,
+        "fit_error": float(np.abs(fitted / np.array(peaks) - 1).max()),
+        "check_error": float((start + slope * further) / check - 1), "budget_mib": budget_mib,
         "longest": longest(budget_mib, fixed, start, slope),
     }  # fmt: skip
 
@@ -124,7 +134,7 @@ def shared_out(row: Row, budget_mib: float) -> Row:
     found = longest(budget_mib, row["fixed_mib"] * MIB, row["start_mib"] * MIB, slope)
     return {
         **row, "contender": f"sp = {RANKS}", "status": "modelled", "counted": "b / ranks", "bytes_per_token": slope,
-        "peaks_mib": [], "lengths": [], "fit_error": None, "saved_mib": None, "longest": found,
+        "peaks_mib": [], "lengths": [], "fit_error": None, "check_error": None, "saved_per_token": None, "longest": found,
         "reason": "tokens shared out evenly and nothing else changed; not measured",
     }  # fmt: skip
 
@@ -141,7 +151,9 @@ def per_parameter(device: str, dims: Mapping[str, int]) -> Iterator[Row]:
         missing = "peft" if lora and find_spec("peft") is None else None
         missing = "torchao" if kind != "adamw" and find_spec("torchao") is None else missing
         if missing or (kind == "adamw-offload" and device == "cpu"):
-            reason = f"{missing} is not installed" if missing else "needs a GPU: on a CPU there is nowhere to move them to"
+            reason = (
+                f"{missing} is not installed" if missing else "needs a GPU: on a CPU there is nowhere to move them to"
+            )
             yield {**row, "status": "gap", "reason": reason}
             continue
         yield {**row, "status": "measured", "reason": None, **optimizer_bytes(device, dims, kind, lora)}
@@ -211,9 +223,7 @@ def make_model(device: str, dims: Mapping[str, int]) -> PreTrainedModel:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=OUR_ATTENTION
-        ).train()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=OUR_ATTENTION).train()
 
 
 def _store(module: Any) -> Any:
@@ -223,7 +233,14 @@ def _store(module: Any) -> Any:
 
 
 def about(device: str, dims: Mapping[str, int], name: str) -> Row:
-    return {"op": "longest", "dims": dict(dims), "dtype": "float32", "pass": "both", "contender": name, "ours": name != NONE}
+    return {
+        "op": "longest",
+        "dims": dict(dims),
+        "dtype": "float32",
+        "pass": "both",
+        "contender": name,
+        "ours": name != NONE,
+    }
 
 
 def told(row: Row) -> str:
@@ -234,6 +251,7 @@ def told(row: Row) -> str:
     return (
         f"{row['contender']} ({row['status']}): {row['bytes_per_token'] / 1024:.2f} KiB a token, {row['longest']:,} tokens in "
         f"{row['budget_mib']} MiB"
+        + (f"; the line is off by {row['check_error']:.1%}" if row["check_error"] is not None else "")
     )
 
 

@@ -33,20 +33,24 @@ def draw(rows: Iterable[Row], path: Path) -> Path:
             edgecolor=OURS if modelled else "none", hatch="////" if modelled else None,
         )  # fmt: skip
         gain = row["longest"] / max(1, found[0]["longest"])
-        label = f" {row['longest']:,}" + (f"  ({gain:,.3g}×)" if place else "") + ("  modelled" if modelled else "")
+        label = (
+            f" {row['longest']:,}"
+            + (f"  ({gain:,.{0 if gain >= 10 else 1}f}×)" if place else "")
+            + ("  modelled" if modelled else "")
+        )
         axes.text(row["longest"], place, label, va="center", fontsize=9.5, color=INK)
     labels = [row["contender"] if i == 0 else f"+ {row['contender']}" for i, row in enumerate(found)]
     axes.set_yticks(range(len(found)), labels, fontsize=10, color=INK)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(0.5 * min(row["longest"] for row in found), 6 * max(row["longest"] for row in found))
+    axes.set_xlim(0.5 * min(row["longest"] for row in found), 30 * max(row["longest"] for row in found))
     first = found[0]
     dims = first["dims"]
     axes.set_title(
         f"Longest prompt of an update in {first['budget_mib']:,} MiB, each line with all above it\n"
         f"{dims['layers']} layers of width {dims['D']}, vocabulary {dims['V']:,}, {dims['G']} completions of {dims['R']} tokens, "
-        f"{first['dtype']};\nread off lines fitted to peaks at {first['lengths'][0]:,} to {first['lengths'][-1]:,} tokens on "
-        f"{'a CPU' if 'CUDA' not in first['counted'].upper() else first['device']}",
+        f"{first['dtype']};\nread off lines fitted to peaks of short prompts ({first['lengths'][0]:,} to "
+        f"{max(max(row['lengths'], default=0) for row in found):,} tokens) measured on {'a CPU' if first['threads'] else first['device']}",
         loc="left", fontsize=9.5, color=INK,
     )  # fmt: skip
     axes.set_xlabel("tokens", fontsize=9.5, color=INK)

@@ -41,7 +41,9 @@ def use_liger(model: PreTrainedModel) -> None:
         ValueError: no GPU, no liger-kernel, or a model whose parts are of another kind.
     """
     if model.device.type != "cuda":
-        raise ValueError(f"model.liger needs a GPU, for Liger's kernels are Triton's, and the model is on {model.device}")
+        raise ValueError(
+            f"model.liger needs a GPU, for Liger's kernels are Triton's, and the model is on {model.device}"
+        )
     if find_spec("liger_kernel") is None:
         raise ValueError("model.liger needs liger-kernel: install longreach[liger], or leave model.liger out")
     bind(model, liger_kernels())
@@ -59,7 +61,7 @@ def bind(model: PreTrainedModel, kernels: Kernels) -> list[str]:
     changed: list[str] = []
     for name, module in model.get_decoder().named_modules():
         if "RMSNorm" in type(module).__name__:
-            _replace(name, module, kernels.norm, len(module.weight), **_norm_options(module))
+            _replace(name, module, kernels.norm, next(module.parameters()).shape[-1], **_norm_options(module))
         elif all(isinstance(getattr(module, part, None), nn.Module) for part in ("gate_proj", "up_proj", "down_proj")):
             _replace(name, module, kernels.mlp, model.config.get_text_config().hidden_size)
         elif isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "o_proj"):

@@ -26,6 +26,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+_FUNCTION = "_gradient_checkpointing_func"
+"""What transformers has each layer call as (function, *inputs); ours is put around it, instance by instance."""
+
 
 def offload(model: PreTrainedModel) -> Offload:
     """Wraps what the model's layers are checkpointed with; to be called after checkpointing was turned on."""
@@ -38,8 +41,8 @@ def offload(model: PreTrainedModel) -> Offload:
         )
     store = Offload()
     for i, layer in enumerate(layers):
-        inner: Any = layer._gradient_checkpointing_func
-        layer._gradient_checkpointing_func = partial(store.run, inner, i == 0)  # pyright: ignore[reportAttributeAccessIssue]
+        inner = getattr(layer, _FUNCTION)
+        setattr(layer, _FUNCTION, partial(store.run, inner, i == 0))
     return store
 
 
@@ -48,7 +51,7 @@ class _Kept:
 
     def __init__(self, host: Tensor, device: torch.device, below: weakref.ref[_Kept] | None) -> None:
         self.host, self.device, self.below = host, device, below
-        self.back: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.back: tuple[Tensor, torch.Event | None] | None = None
 
 
 class Offload:
@@ -103,7 +106,7 @@ class Offload:
             torch.cuda.current_stream(x.device).wait_event(arrived)
         return x
 
-    def _fetch(self, kept: _Kept) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _fetch(self, kept: _Kept) -> tuple[Tensor, torch.Event | None]:
         """Begins a copy back. The memory belongs to the computing stream, so the copy waits for what used it before."""
         x = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
         with self._aside(kept.device):

@@ -75,7 +75,9 @@ def _check_position_wise(name: str, module: nn.Module, model: PreTrainedModel) -
     x, other = torch.randn(2, 1, 4, width, generator=draw).to(first.device, first.dtype)
     outs = [module(x), module(torch.cat([x[:, :2], other[:, 2:3], x[:, 3:]], dim=1))]
     if not all(isinstance(out, Tensor) and out.shape[:2] == x.shape[:2] for out in outs):
-        raise ValueError(f"{name} ({type(module).__name__}) doesn't give one row a token: leave model.tile_tokens out (0)")
+        raise ValueError(
+            f"{name} ({type(module).__name__}) doesn't give one row a token: leave model.tile_tokens out (0)"
+        )
     moved = (outs[0] - outs[1]).abs().flatten(2).amax(-1)[0]
     if moved[[0, 1, 3]].max() > _TOLERANCE * outs[0].abs().max():
         raise ValueError(

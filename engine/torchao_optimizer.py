@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchao.optim import AdamW8bit, CPUOffloadOptimizer
 from torchao.optim.subclass_8bit import OptimState8bit
 

@@ -94,15 +94,16 @@ def check_window(recipe: Recipe, evaluated: int = 0) -> None:
         evaluated: tokens of the longest question of the evaluation with its completion, once they are known.
     """
     model, need = recipe.model, max(recipe.window(), evaluated)
-    source, asked = model_source(model), {"trust_remote_code": model.trust_remote_code}
-    text = read_config(source, yarn=model.yarn, rope_scaling=model.rope_scaling, **asked).get_text_config()
+    source, trust = model_source(model), model.trust_remote_code
+    config = read_config(source, yarn=model.yarn, rope_scaling=model.rope_scaling, trust_remote_code=trust)
+    text = config.get_text_config()
     window = getattr(text, "max_position_embeddings", None)
     if window is None or need <= window:
         return
     lower = "cut long questions (data.truncate, data.max_length)" if evaluated == need else "lower the phases' limits"
     raise ValueError(
         f"the longest prompt with its completion takes {need} tokens, but {source} has positions for {window}: "
-        f"{_longer_window(recipe, read_config(source, **asked).get_text_config(), need)}, or {lower}"
+        f"{_longer_window(recipe, read_config(source, trust_remote_code=trust).get_text_config(), need)}, or {lower}"
     )
 
 
@@ -112,7 +113,8 @@ def _longer_window(recipe: Recipe, plain: PreTrainedConfig, need: int) -> str:
     if rope.get("rope_type", "default") != "default":
         return f"its config.json stretches them already ({rope['rope_type']}), and only a larger factor there would do"
     scaling = recipe.model.rope_scaling
-    factor = math.ceil(need / (scaling and scaling.original or plain.max_position_embeddings))
+    original = (scaling.original if scaling else None) or plain.max_position_embeddings
+    factor = math.ceil(need / original)
     return f"set model.{'rope_scaling.factor' if scaling else 'yarn'} = {factor}.0"
 
 

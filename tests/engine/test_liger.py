@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from longreach.engine import Group, completion_logprobs, load_model
 from longreach.engine.liger import Kernels, bind, liger_kernels, use_liger
 from longreach.engine.support import verify_change, verify_model
 from longreach.engine.tiling import tile
 
-Load = Callable[..., PreTrainedModel]
+Load = Callable[..., Any]
 Groups = Callable[..., list[Group]]
 SHAPES = [(40, (9, 13)), (11, (5,))]
 
@@ -129,9 +128,9 @@ def test_an_attention_that_turns_otherwise_is_refused(load: Load) -> None:
 
 
 def test_without_a_gpu_it_is_refused(load: Load) -> None:
-    with pytest.raises(ValueError, match="model.liger needs a GPU.*the model is on cpu"):
+    with pytest.raises(ValueError, match=r"model\.liger needs a GPU.*the model is on cpu"):
         use_liger(load("llama"))
-    with pytest.raises(ValueError, match="model.liger needs a GPU"):
+    with pytest.raises(ValueError, match=r"model\.liger needs a GPU"):
         load("llama", liger=True)
 
 
@@ -155,13 +154,12 @@ def test_ligers_modules_read_what_ours_are_given(load: Load, monkeypatch: pytest
     own = liger_kernels()
     model = load("qwen3")
     verify_change(model, lambda m: bind(m, Kernels(own.norm, own.mlp, StandIn().kernels().rope)))
-    with pytest.raises(Exception, match=r"(?i)triton|cuda|cpu|driver"):  # and the rotary kernel is the real one
-        q, k, cos = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 5, 16)
-        own.rope(q, k, cos, cos)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_log_probs_and_gradients_are_the_same_to_rounding(build: Callable[..., Any], random_groups: Groups) -> None:
+def test_on_a_gpu_log_probs_and_gradients_are_the_same_to_rounding(
+    build: Callable[..., Any], random_groups: Groups
+) -> None:
     pytest.importorskip("liger_kernel")
     folder, results = build("qwen3"), []
     for liger in (False, True):

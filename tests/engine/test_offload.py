@@ -15,13 +15,13 @@ from longreach.engine import Group, completion_logprobs, load_model
 from longreach.engine.model import LoraConfig, ModelConfig
 from longreach.engine.offload import Offload, offload
 
-Load = Callable[..., PreTrainedModel]
+Load = Callable[..., Any]
 Groups = Callable[..., list[Group]]
 SHAPES = [(40, (9, 13)), (11, (5,))]  # 78 tokens
 BYTES = 78 * 32 * 4
 
 
-def store_of(model: PreTrainedModel) -> Offload:
+def store_of(model: Any) -> Offload:
     return model.get_decoder().layers[0]._gradient_checkpointing_func.func.__self__
 
 
@@ -166,14 +166,16 @@ def test_a_copied_model_has_a_store_of_its_own(load: Load, random_groups: Groups
 
 
 def test_without_checkpointing_it_is_refused(load: Load) -> None:
-    with pytest.raises(ValueError, match="set model.gradient_checkpointing = true"):
+    with pytest.raises(ValueError, match=r"set model\.gradient_checkpointing = true"):
         ModelConfig("x", offload_activations=True)
     with pytest.raises(ValueError, match="no checkpointed layers"):
         offload(load("llama"))
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_bits_are_the_same_and_the_memory_is_less(build: Callable[..., Any], random_groups: Groups) -> None:
+def test_on_a_gpu_the_bits_are_the_same_and_the_memory_is_less(
+    build: Callable[..., Any], random_groups: Groups
+) -> None:
     folder = build("llama", hidden_size=512, num_hidden_layers=12, max_position_embeddings=16384)
     results, peaks = [], []
     for moved in (False, True):

@@ -83,7 +83,7 @@ def test_log_probs_are_transformers_own_and_a_saved_model_keeps_them(
 
 @torch.no_grad()
 def test_yarns_temperature_is_the_papers(folders: dict[str, Path]) -> None:
-    model = load_model(folders["llama"], dtype=torch.float32, device="cpu", yarn=4.0)
+    model: Any = load_model(folders["llama"], dtype=torch.float32, device="cpu", yarn=4.0)
     cos, sin = model.get_decoder().rotary_emb(torch.zeros(1, 1, 1), torch.arange(9)[None])
     size = (cos.square() + sin.square()).sqrt()
     torch.testing.assert_close(size, torch.full_like(size, 0.1 * math.log(4.0) + 1))

@@ -72,7 +72,9 @@ def made(kind: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return OffloadedAdamW(groups, {name: plain.defaults[name] for name in ("lr", "betas", "eps")})
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, clip: float = 0.5, rate: float = RATE) -> float:
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, clip: float = 0.5, rate: float = RATE
+) -> float:
     draw = torch.Generator().manual_seed(seed)
     for _ in range(2):  # two micro-batches
         (model[:4](torch.randn(5, 64, generator=draw)) - 1).square().mean().backward()  # type: ignore[index]
@@ -142,7 +144,9 @@ def _inner(x: Tensor) -> list[Tensor]:
 def test_offloaded_is_adamw_bit_for_bit(clip: float) -> None:
     """Clipped gradients, two micro-batches, and the last norm without any gradient, whose decay and averages go on."""
     models = [model_of(), model_of()]
-    optimizers = [made(kind, model, weight_decay=0.1) for kind, model in zip(("adamw", "adamw-offload"), models, strict=True)]
+    optimizers = [
+        made(kind, model, weight_decay=0.1) for kind, model in zip(("adamw", "adamw-offload"), models, strict=True)
+    ]
     for seed in range(3):
         norms = [update(m, o, seed, clip, RATE / (seed + 1)) for m, o in zip(models, optimizers, strict=True)]
         assert norms[0] == norms[1]
@@ -172,7 +176,9 @@ def test_the_learning_rate_and_a_bad_gradient_are_heeded(kind: str, request: pyt
 
 
 def test_offloading_from_a_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'adamw-offload' moves .* from a GPU .* are on cpu: set optimizer.kind = \"adamw\""):
+    with pytest.raises(
+        ValueError, match=r"'adamw-offload' moves .* from a GPU .* are on cpu: set optimizer.kind = \"adamw\""
+    ):
         make_optimizer(model_of(), OptimizerConfig(kind="adamw-offload"))
 
 
@@ -208,7 +214,9 @@ def test_8_bit_as_torch_compiles_it(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_offloaded_on_a_gpu_is_adamw() -> None:
     models = [model_of().cuda(), model_of().cuda()]
-    optimizers = [make_optimizer(m, OptimizerConfig(kind=k)) for m, k in zip(models, ("adamw", "adamw-offload"), strict=True)]
+    optimizers = [
+        make_optimizer(m, OptimizerConfig(kind=k)) for m, k in zip(models, ("adamw", "adamw-offload"), strict=True)
+    ]
     for _ in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
             model[:4](torch.ones(5, 64, device="cuda")).square().mean().backward()  # type: ignore[index]

@@ -428,7 +428,9 @@ def test_rope_scaling(key: str, make_policy: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"offload_activations": True, "gradient_checkpointing": True}, {"tile_tokens": 16}], ids=lambda o: next(iter(o))
+    "options",
+    [{"offload_activations": True, "gradient_checkpointing": True}, {"tile_tokens": 16}],
+    ids=lambda o: next(iter(o)),
 )
 def test_memory_options_reach_the_model_and_keep_its_numbers(
     options: dict[str, Any], make_policy: Make, make_prompts: Make

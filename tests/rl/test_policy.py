@@ -52,8 +52,12 @@ def test_temperature_sharpens_log_probs(policy: Policy) -> None:
     assert bool((hot.entropy > cold.entropy).all())
 
 
-@pytest.mark.parametrize("options", [{"yarn": 2.0}, {"rope_scaling": RopeScaling("linear", 2.0)}], ids=["yarn", "linear"])
-def test_a_checkpoint_is_stretched_once(options: dict[str, Any], make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"yarn": 2.0}, {"rope_scaling": RopeScaling("linear", 2.0)}], ids=["yarn", "linear"]
+)
+def test_a_checkpoint_is_stretched_once(
+    options: dict[str, Any], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     """What a resumed run loads, with the recipe that stretched the model it began with."""
     policy = make_policy(**options)
     save_plain(policy, tmp_path)

@@ -172,7 +172,9 @@ def test_the_window_is_that_of_the_scaling(kind: str, make_recipe: Make) -> None
     with pytest.raises(ValueError, match=r"takes 3073 .* positions for 3072: set model.rope_scaling.factor = 4.0, or"):
         check_window(make_recipe(phases__1__upper=3 * 1024 - 5, model__rope_scaling=scaling, **wide))
     with pytest.raises(ValueError, match=r"takes 3073 .* positions for 1536: set model.rope_scaling.factor = 7.0, or"):
-        check_window(make_recipe(phases__1__upper=3 * 1024 - 5, model__rope_scaling={**scaling, "original": 512}, **wide))
+        check_window(
+            make_recipe(phases__1__upper=3 * 1024 - 5, model__rope_scaling={**scaling, "original": 512}, **wide)
+        )
 
 
 def test_a_model_that_is_stretched_already_has_one_way_out(make_recipe: Make, tiny_dir: Path, tmp_path: Path) -> None:
