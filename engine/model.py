@@ -26,7 +26,11 @@ from transformers import (
 )
 
 from . import attention
-from .support import refuse_config, refuse_model, verify_model
+from .liger import use_liger
+from .offload import offload
+from .rope import RopeScaling
+from .support import refuse_config, refuse_model, verify_change, verify_model
+from .tiling import tile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,7 +57,12 @@ class ModelConfig:
     """Which model, and how it is held.
 
     `dtype` is of the weights that the optimizer changes; with `autocast` fp32 weights compute in bfloat16, which keeps
-    small updates (2e-6) that bfloat16 weights would round away. `yarn` stretches the positions by that factor.
+    small updates (2e-6) that bfloat16 weights would round away. `yarn` stretches the positions by that factor, as
+    `rope_scaling` does with more to say.
+
+    Memory, each with the same results: `gradient_checkpointing` keeps one tensor a layer and computes the rest again,
+    `offload_activations` keeps that one on the host, `tile_tokens` computes MLPs and norms in pieces of so many tokens (0 is
+    off), `liger` puts Liger's fused norms, MLPs and rotary embeddings in (a GPU and the `liger` extra).
     """
 
     path: str
@@ -61,7 +70,11 @@ class ModelConfig:
     autocast: bool = False
     device: str = "auto"
     yarn: float | None = None
+    rope_scaling: RopeScaling | None = None
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    tile_tokens: int = 0
+    liger: bool = False
     trust_remote_code: bool = False
     lora: LoraConfig | None = None
 
@@ -74,6 +87,14 @@ class ModelConfig:
             )
         if self.yarn is not None and not 1.0 < self.yarn < math.inf:
             raise ValueError(f"model.yarn must be a factor above 1, not {self.yarn}")
+        if self.yarn is not None and self.rope_scaling is not None:
+            raise ValueError("model.yarn and [model.rope_scaling] both stretch the positions: keep one of them")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "model.offload_activations moves what checkpointed layers keep: set model.gradient_checkpointing = true"
+            )
+        if self.tile_tokens < 0:
+            raise ValueError(f"model.tile_tokens must be 0 (off) or a number of tokens, not {self.tile_tokens}")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -89,26 +110,24 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def read_config(path: str | Path, *, yarn: float | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's configuration, with YaRN applied: enough to know its window before any weight is loaded.
+def read_config(
+    path: str | Path,
+    *,
+    yarn: float | None = None,
+    rope_scaling: RopeScaling | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedConfig:
+    """The model's configuration, its positions stretched: enough to know its window before any weight is loaded.
 
     Raises:
-        ValueError: there is none, or `yarn` is asked of a model whose positions are stretched already.
+        ValueError: there is none, or its positions are stretched already.
     """
+    assert yarn is None or rope_scaling is None
     with _naming(path):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    if yarn is not None:
-        text = config.get_text_config()
-        rope = dict(text.rope_parameters or {})
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"{path} already stretches its positions (rope_type {rope['rope_type']!r}, window "
-                f"{text.max_position_embeddings}): leave model.yarn out"
-            )
-        original = text.max_position_embeddings
-        rope.update(rope_type="yarn", factor=yarn, original_max_position_embeddings=original)
-        text.rope_parameters = rope
-        text.max_position_embeddings = int(original * yarn)
+    scaling = rope_scaling if yarn is None else RopeScaling("yarn", yarn)
+    if scaling is not None:
+        scaling.apply(config, path)
     return config
 
 
@@ -118,7 +137,11 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     yarn: float | None = None,
+    rope_scaling: RopeScaling | None = None,
     gradient_checkpointing: bool = False,
+    offload_activations: bool = False,
+    tile_tokens: int = 0,
+    liger: bool = False,
     trust_remote_code: bool = False,
     lora: LoraConfig | None = None,
     verify: bool = True,
@@ -127,15 +150,17 @@ def load_model(
 
     Args:
         device: None is the GPU if there is one.
-        yarn: factor by which positions are stretched.
+        yarn: factor by which positions are stretched; `rope_scaling`: the same, by one of transformers' ways.
+        gradient_checkpointing, offload_activations, tile_tokens, liger: as `ModelConfig` has them.
         verify: compare log-probs with the model's own on a few tokens (`support.verify_model`).
 
     Raises:
         ValueError: no safetensors weights at `path`, or not all of them, or of another size than its config says; code
             of its own without `trust_remote_code`; a feature that our attention can't honour (sliding window, dropout,
-            soft-capped scores); log-probs through our path differ from the model's own.
+            soft-capped scores); log-probs through our path differ from the model's own; an option about memory that this
+            model or machine can't have.
     """
-    config = read_config(path, yarn=yarn, trust_remote_code=trust_remote_code)
+    config = read_config(path, yarn=yarn, rope_scaling=rope_scaling, trust_remote_code=trust_remote_code)
     refuse_config(config, path)
     with _naming(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # typed as if output_loading_info were never set
@@ -158,14 +183,39 @@ def load_model(
 
         add_lora(model, lora)
     refuse_model(model, path)
-    if gradient_checkpointing:
-        # the newer of two names for one thing; both compute layers again without the reentrant form
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     nn.Module.to(model, pick_device() if device is None else device)
     model.train()
     if verify:
         verify_model(model)
+    if liger:
+        verify_change(model, use_liger)
+    save_memory(model, gradient_checkpointing, offload_activations, tile_tokens, verify=verify)
     return model
+
+
+def save_memory(
+    model: PreTrainedModel,
+    gradient_checkpointing: bool = False,
+    offload_activations: bool = False,
+    tile_tokens: int = 0,
+    *,
+    verify: bool = True,
+) -> None:
+    """Turns on what saves memory at the price of time; what the model computes stays.
+
+    Args:
+        verify: compute a few numbers to see that MLPs and norms can be tiled; without it no number is looked at.
+
+    Raises:
+        ValueError: the model can't.
+    """
+    if gradient_checkpointing:
+        # the newer of two names for one thing; both compute layers again without the reentrant form
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if offload_activations:
+        offload(model)
+    if tile_tokens:
+        tile(model, tile_tokens, verify=verify)
 
 
 @contextmanager

@@ -1,22 +1,33 @@
-"""AdamW on the trainable parameters, global gradient clipping, and the learning rate as a function of the step."""
+"""AdamW on the trainable parameters, global gradient clipping, and the learning rate as a function of the step.
+
+AdamW's two averages take 8 bytes a parameter. `adamw-8bit` keeps them in blocks of 8-bit codes (2 bytes and a bit), and
+`adamw-offload` in host memory, beside a copy of the weights that is updated there; both are torchao's.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .model import trainable
 
+KINDS = ("adamw", "adamw-8bit", "adamw-offload")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the learning rate stands with each stage. `grad_clip` bounds the global gradient norm (0 turns it off)."""
+    """AdamW; the learning rate stands with each stage. `grad_clip` bounds the global gradient norm (0 turns it off).
 
+    `kind`: where its averages stand: adamw, adamw-8bit or adamw-offload (the last two need the `torchao` extra).
+    """
+
+    kind: str = "adamw"
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -24,6 +35,8 @@ class OptimizerConfig:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"optimizer.kind is {self.kind!r}: it must be one of {', '.join(KINDS)}")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -60,12 +73,12 @@ class Schedule:
         return self.learning_rate * (0.5 - 0.5 * math.cos(math.pi * left) if self.kind == "cosine" else 1.0)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Matrices decay; vectors (norms, biases) don't.
 
     Raises:
         ValueError: nothing to train, or weights in half precision: their 8 or 11 bits would round small updates, and
-            AdamW's averages with them, away.
+            AdamW's averages with them, away; a kind that can't run here.
     """
     parameters = list(trainable(model).values())
     halved = sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype.itemsize < 4})
@@ -76,17 +89,21 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         )
     if not parameters:
         raise ValueError("the model has no trainable parameters")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    if find_spec("torchao") is None:
+        raise ValueError(
+            f'optimizer.kind = {config.kind!r} needs torchao: install longreach[torchao], or set optimizer.kind = "adamw"'
+        )
+    from . import torchao_optimizer  # an extra
+
+    return torchao_optimizer.make(config.kind, groups, options)
 
 
 def apply_update(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, grad_clip: float) -> float:
@@ -109,7 +126,10 @@ def apply_update(optimizer: torch.optim.Optimizer, model: nn.Module, learning_ra
             f"gradient norm is {norm.item()}: lower the learning rate or look at the last rollouts"
         )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], Tensor):  # part of a compiled update
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()

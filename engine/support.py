@@ -8,6 +8,7 @@ attention can't train on wrong numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -94,10 +95,7 @@ def verify_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: {len(seen.layers)} of its {layers} layers attend through transformers' attention "
             "interface; only models that do so throughout can be trained here"
         )
-    draw = torch.Generator().manual_seed(0)
-    vocab = len(model_head(model).weight_VD)
-    prompts = [torch.randint(vocab, (n,), generator=draw) for n in (7, 4)]
-    groups = [Group(prompt, [torch.randint(vocab, (n,), generator=draw) for n in (6, 10)]) for prompt in prompts]
+    groups = _some_groups(model)
     ours = completion_logprobs(model, groups).logp.cpu()
     own, training = model.config._attn_implementation, model.training
     assert own is not None
@@ -108,14 +106,39 @@ def verify_model(model: PreTrainedModel) -> None:
     finally:
         model.set_attn_implementation(own)
         model.train(training)
-    bound = HALF_BOUND if model.dtype in (torch.bfloat16, torch.float16) else EXACT_BOUND
-    difference = (ours - theirs).abs().mean().item()
+    bound, difference = _bound(model), (ours - theirs).abs().mean().item()
     if not difference <= bound:
         raise ValueError(
             f"{type(model).__name__}: log-probs through Longreach differ from the model's own by {difference:.3g} on "
             f"average (at most {bound}): it scales its logits, or its attention isn't plain causal, or it is random in "
             "training; it can't be trained here"
         )
+
+
+@torch.no_grad()
+def verify_change(model: PreTrainedModel, change: Callable[[PreTrainedModel], object]) -> None:
+    """Makes a change that must not change what the model computes. ValueError if log-probs differ by more than rounding."""
+    groups = _some_groups(model)
+    before = completion_logprobs(model, groups).logp
+    change(model)
+    difference = (completion_logprobs(model, groups).logp - before).abs().mean().item()
+    if not difference <= _bound(model):
+        name = getattr(change, "__name__", str(change))
+        raise ValueError(
+            f"{type(model).__name__}: log-probs after {name} differ by {difference:.3g} on average (at most {_bound(model)}): "
+            "leave it out for this model"
+        )
+
+
+def _some_groups(model: PreTrainedModel) -> list[Group]:
+    draw = torch.Generator().manual_seed(0)
+    vocab = len(model_head(model).weight_VD)
+    prompts = [torch.randint(vocab, (n,), generator=draw) for n in (7, 4)]
+    return [Group(prompt, [torch.randint(vocab, (n,), generator=draw) for n in (6, 10)]) for prompt in prompts]
+
+
+def _bound(model: PreTrainedModel) -> float:
+    return HALF_BOUND if model.dtype in (torch.bfloat16, torch.float16) else EXACT_BOUND
 
 
 def _own_logprobs(model: PreTrainedModel, prompt: Tensor, completion: Tensor) -> Tensor:

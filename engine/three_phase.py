@@ -14,7 +14,6 @@ piece is a forward of its own, so weights that are gathered for a forward would 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import attention
 from .attention import Layout, SharedPrefix
 from .packing import Group, one_row
+from .precision import Precision
 
 Decode = Callable[[Tensor, Tensor, Layout], Tensor]
 """(token ids [T], positions [T], layout) -> hidden [T, D]."""
@@ -43,25 +43,8 @@ def three_phases(
         pieces: which completions are computed together; each of them once.
     """
     device = group.prompt_ids.device.type if not parameters else parameters[0].device.type
-    precision = _Precision(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     learns = torch.is_grad_enabled() and bool(parameters)
-    return _ThreePhases.apply(_Work(decode, group, pieces, backend, precision, learns), *parameters)
-
-
-@dataclass(frozen=True)
-class _Precision:
-    """The caller's autocast, for a backward that runs outside it.
-
-    Without its cache of rounded weights: in older PyTorch, what a pass without gradients leaves there cuts the gradient
-    of later ones off.
-    """
-
-    device: str
-    enabled: bool
-    dtype: torch.dtype
-
-    def __call__(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+    return _ThreePhases.apply(_Work(decode, group, pieces, backend, Precision.current(device), learns), *parameters)
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,7 @@ class _Work:
     group: Group
     pieces: Sequence[Sequence[int]]
     backend: str
-    precision: _Precision
+    precision: Precision
     learns: bool
 
     def prompt(self) -> tuple[Tensor, KeyValues]:

@@ -57,7 +57,11 @@ class Policy:
             dtype=DTYPES[config.dtype],
             device=pick_device(config.device),
             yarn=config.yarn if path is None else None,  # a saved checkpoint already carries it
+            rope_scaling=config.rope_scaling if path is None else None,
             gradient_checkpointing=config.gradient_checkpointing,
+            offload_activations=config.offload_activations,
+            tile_tokens=config.tile_tokens,
+            liger=config.liger,
             trust_remote_code=config.trust_remote_code,
             lora=config.lora,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..engine.model import read_config
 from .config import nearest
@@ -93,17 +93,29 @@ def check_window(recipe: Recipe, evaluated: int = 0) -> None:
     Args:
         evaluated: tokens of the longest question of the evaluation with its completion, once they are known.
     """
-    source, yarn, need = model_source(recipe.model), recipe.model.yarn, max(recipe.window(), evaluated)
-    config = read_config(source, yarn=yarn, trust_remote_code=recipe.model.trust_remote_code)
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and need > window:
-        lower = (
-            "cut long questions (data.truncate, data.max_length)" if evaluated == need else "lower the phases' limits"
-        )
-        raise ValueError(
-            f"the longest prompt with its completion takes {need} tokens, but {source} has positions for {window}: "
-            f"set model.yarn = {math.ceil(need / (window / (yarn or 1.0)))}.0, or {lower}"
-        )
+    model, need = recipe.model, max(recipe.window(), evaluated)
+    source, trust = model_source(model), model.trust_remote_code
+    config = read_config(source, yarn=model.yarn, rope_scaling=model.rope_scaling, trust_remote_code=trust)
+    text = config.get_text_config()
+    window = getattr(text, "max_position_embeddings", None)
+    if window is None or need <= window:
+        return
+    lower = "cut long questions (data.truncate, data.max_length)" if evaluated == need else "lower the phases' limits"
+    raise ValueError(
+        f"the longest prompt with its completion takes {need} tokens, but {source} has positions for {window}: "
+        f"{_longer_window(recipe, read_config(source, trust_remote_code=trust).get_text_config(), need)}, or {lower}"
+    )
+
+
+def _longer_window(recipe: Recipe, plain: PreTrainedConfig, need: int) -> str:
+    """What to set for `need` positions; `plain` is the model's configuration without the recipe's stretching."""
+    rope = getattr(plain, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        return f"its config.json stretches them already ({rope['rope_type']}), and only a larger factor there would do"
+    scaling = recipe.model.rope_scaling
+    original = (scaling.original if scaling else None) or plain.max_position_embeddings
+    factor = math.ceil(need / original)
+    return f"set model.{'rope_scaling.factor' if scaling else 'yarn'} = {factor}.0"
 
 
 @dataclass(frozen=True)

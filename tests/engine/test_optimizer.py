@@ -58,7 +58,7 @@ def test_bad_schedules_are_refused(options: dict[str, Any], message: str) -> Non
     "options", [{"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0.0}, {"weight_decay": -1.0}, {"grad_clip": -1.0},
                 {"grad_clip": math.nan}]
 )  # fmt: skip
-def test_bad_optimizer_settings_are_refused(options: dict[str, float]) -> None:
+def test_bad_optimizer_settings_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=f"optimizer.{name} must"):
         OptimizerConfig(**options)
@@ -166,3 +166,13 @@ def test_weights_that_would_round_updates_away_are_refused(dtype: torch.dtype) -
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError, match=f"{name}, which rounds small updates away.*autocast"):
         make_optimizer(small_model().to(dtype), OptimizerConfig())
+
+
+def test_a_kind_that_is_unknown_or_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"optimizer.kind is 'sgd': it must be one of adamw, adamw-8bit, adamw-offload"
+    ):
+        OptimizerConfig(kind="sgd")
+    monkeypatch.setattr("longreach.engine.optimizer.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'adamw-8bit' needs torchao: install longreach\[torchao\]"):
+        make_optimizer(small_model(), OptimizerConfig(kind="adamw-8bit"))

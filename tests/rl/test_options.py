@@ -10,16 +10,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from longreach.engine import Sampling, load_tokenizer
+from longreach.engine import Group, Sampling, load_tokenizer
 from longreach.engine.generate import GeneratorConfig
 from longreach.engine.model import LoraConfig, ModelConfig
 from longreach.engine.optimizer import OptimizerConfig
+from longreach.engine.rope import RopeScaling
 from longreach.rl import policy as policy_module
 from longreach.rl import train
 from longreach.rl.console import Console
@@ -219,6 +221,7 @@ RUNS: dict[type, dict[str, Row]] = {
         "micro_batch_tokens": ({**WARM, "sft__upper": 100}, {"sft__micro_batch_tokens": 100}),
     },
     OptimizerConfig: {
+        "kind": (WARM, {"optimizer__kind": "adamw-8bit"}),
         "weight_decay": (WARM, {"optimizer__weight_decay": 1.0}),
         "beta1": (WARM, {"optimizer__beta1": 0.5}),
         "beta2": (WARM, {"optimizer__beta2": 0.5}),
@@ -240,6 +243,10 @@ def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str], mon
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
 
     def run(**keys: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):  # torchao's update would be compiled for a minute
+            return run_eagerly(**keys)
+
+    def run_eagerly(**keys: Any) -> Any:
         if (key := repr(keys)) in seen:
             return seen[key]
         keys = {name: value for name, value in keys.items() if (name, value) != ("data__eval", None)}
@@ -270,6 +277,10 @@ def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str], mon
 @pytest.mark.parametrize("cls", RUNS, ids=lambda cls: cls.__name__)
 def test_what_a_run_reads(cls: type, ran: Make) -> None:
     for key, (both, one) in RUNS[cls].items():
+        if key == "kind" and find_spec("torchao") is None:
+            with pytest.raises(ValueError, match="needs torchao"):
+                ran(**{**both, **one})
+            continue
         assert ran(**both) != ran(**{**both, **one}), f"{cls.__name__}.{key} changes nothing"
 
 
@@ -361,8 +372,10 @@ def test_every_key_of_the_data_has_a_row() -> None:
 
 LOADED: dict[str, Any] = {
     "path": "other", "dtype": "bfloat16", "autocast": True, "device": "meta", "yarn": 2.0, "gradient_checkpointing": True,
-    "trust_remote_code": True, "lora": {"rank": 2},
+    "trust_remote_code": True, "lora": {"rank": 2}, "rope_scaling": {"kind": "linear", "factor": 2.0}, "tile_tokens": 64,
+    "offload_activations": True, "liger": True,
 }  # fmt: skip
+ALONGSIDE: dict[str, dict[str, Any]] = {"offload_activations": {"model__gradient_checkpointing": True}}
 
 
 @pytest.mark.parametrize("key", LOADED)
@@ -379,7 +392,7 @@ def test_model_config(key: str, make_recipe: Make, tiny_dir: Path, monkeypatch: 
     monkeypatch.setattr(policy_module, "stop_tokens", lambda *_: ())
     made = []
     for options in ({}, {f"model__{key}": LOADED[key]}):
-        recipe: Recipe = make_recipe(**options)
+        recipe: Recipe = make_recipe(**ALONGSIDE.get(key, {}), **options)
         asked.clear()
         made_policy = Policy(recipe.model, recipe.generator)
         monkeypatch.setattr(made_policy, "model", type("M", (), {"device": torch.device("cpu")}), raising=False)
@@ -389,6 +402,49 @@ def test_model_config(key: str, make_recipe: Make, tiny_dir: Path, monkeypatch: 
 
 def test_every_key_of_the_model_has_a_row() -> None:
     assert set(LOADED) == keys_of(ModelConfig)
+
+
+ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "kind": ({"kind": "yarn"}, {"kind": "linear"}),
+    "factor": ({"kind": "yarn"}, {"factor": 3.0}),
+    "original": ({"kind": "yarn"}, {"original": 512}),
+    "attention_factor": ({"kind": "yarn"}, {"attention_factor": 1.5}),
+    "beta_fast": ({"kind": "yarn"}, {"beta_fast": 4.0}),
+    "beta_slow": ({"kind": "yarn"}, {"beta_slow": 20.0}),
+    "low_freq_factor": ({"kind": "llama3"}, {"low_freq_factor": 3.0}),
+    "high_freq_factor": ({"kind": "llama3"}, {"high_freq_factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("key", ROPE)
+def test_rope_scaling(key: str, make_policy: Make) -> None:
+    assert set(ROPE) == keys_of(RopeScaling)
+    both, one = ROPE[key]
+    angles = []
+    for options in (both, {**both, **one}):
+        policy = make_policy(rope_scaling=RopeScaling(**{"factor": 2.0, **options}))
+        cos, _ = policy.model.get_decoder().rotary_emb(torch.zeros(1, 1, 1), torch.arange(0, 1500, 100)[None])
+        angles.append((cos, policy.model.config.max_position_embeddings))
+    assert not torch.equal(angles[0][0], angles[1][0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"offload_activations": True, "gradient_checkpointing": True}, {"tile_tokens": 16}],
+    ids=lambda o: next(iter(o)),
+)
+def test_memory_options_reach_the_model_and_keep_its_numbers(
+    options: dict[str, Any], make_policy: Make, make_prompts: Make
+) -> None:
+    groups = [Group(torch.arange(10, 70), [torch.arange(100, 120)])]
+    plain, saving = make_policy(), make_policy(**options)
+    wanted, found = (policy.logprobs(groups, 1.0).logp for policy in (plain, saving))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    layer = saving.model.get_decoder().layers[0]
+    if "tile_tokens" in options:
+        assert layer.mlp.forward.tokens == 16
+    else:
+        assert layer._gradient_checkpointing_func.func.__self__.bytes > 0
 
 
 @pytest.mark.parametrize("options", [{"rank": 3}, {"alpha": 7.0}, {"targets": ("q_proj",)}])

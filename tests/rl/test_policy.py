@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from longreach.engine import Completion, Group
 from longreach.engine.model import ModelConfig
+from longreach.engine.rope import RopeScaling
 from longreach.rl.policy import Policy, model_source
+from longreach.rl.state import save_plain
 
 
 def test_a_shipped_model_is_found_by_name_and_a_path_is_left_alone() -> None:
@@ -47,3 +50,20 @@ def test_temperature_sharpens_log_probs(policy: Policy) -> None:
     groups = [Group(torch.arange(10, 20), [torch.arange(30, 40)])]
     hot, cold = policy.logprobs(groups, 2.0), policy.logprobs(groups, 0.5)
     assert bool((hot.entropy > cold.entropy).all())
+
+
+@pytest.mark.parametrize(
+    "options", [{"yarn": 2.0}, {"rope_scaling": RopeScaling("linear", 2.0)}], ids=["yarn", "linear"]
+)
+def test_a_checkpoint_is_stretched_once(
+    options: dict[str, Any], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """What a resumed run loads, with the recipe that stretched the model it began with."""
+    policy = make_policy(**options)
+    save_plain(policy, tmp_path)
+    resumed = Policy(policy.config, policy.generator, tmp_path)
+    assert resumed.model.config.max_position_embeddings == 2048
+    groups = [Group(torch.arange(10, 70), [torch.arange(100, 120)])]
+    wanted = policy.logprobs(groups, 1.0).logp
+    torch.testing.assert_close(resumed.logprobs(groups, 1.0).logp, wanted, rtol=0, atol=1e-5)
+    assert (make_policy().logprobs(groups, 1.0).logp - wanted).abs().max() > 1e-2

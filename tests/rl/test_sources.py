@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,29 @@ def test_the_window_of_training_is_checked_from_the_recipe_alone(make_recipe: Ma
     check_window(make_recipe(phases__1__upper=2042, model__yarn=2.0, **wide))
     with pytest.raises(ValueError, match=r"positions for 2048: set model.yarn = 3.0"):
         check_window(make_recipe(phases__1__upper=2043, model__yarn=2.0, **wide))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "llama3"])
+def test_the_window_is_that_of_the_scaling(kind: str, make_recipe: Make) -> None:
+    wide = {"rl__micro_batch_tokens": 9000, "generator__batch_tokens": 1 << 20}
+    scaling = {"kind": kind, "factor": 3.0}
+    check_window(make_recipe(phases__1__upper=3 * 1024 - 6, model__rope_scaling=scaling, **wide))
+    with pytest.raises(ValueError, match=r"takes 3073 .* positions for 3072: set model.rope_scaling.factor = 4.0, or"):
+        check_window(make_recipe(phases__1__upper=3 * 1024 - 5, model__rope_scaling=scaling, **wide))
+    with pytest.raises(ValueError, match=r"takes 3073 .* positions for 1536: set model.rope_scaling.factor = 7.0, or"):
+        check_window(
+            make_recipe(phases__1__upper=3 * 1024 - 5, model__rope_scaling={**scaling, "original": 512}, **wide)
+        )
+
+
+def test_a_model_that_is_stretched_already_has_one_way_out(make_recipe: Make, tiny_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stretched"
+    shutil.copytree(tiny_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {**config["rope_parameters"], "rope_type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    with pytest.raises(ValueError, match=r"its config.json stretches them already \(linear\).*, or lower the phases"):
+        check_window(make_recipe(model__path=str(folder), phases__1__upper=1019, rl__micro_batch_tokens=5000))
 
 
 @pytest.mark.parametrize(
