@@ -22,33 +22,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from .attention_gluon_parts import count_blocks, place, slot_of, store, zero_tail
 
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _place(programs, heads):
-    """(head, first token, end, other side's begin, other side's end) of this program; heads of a tile are neighbours."""
-    index = gl.program_id(0)
-    p_program = programs + (index // heads) * 4
-    return index % heads, gl.load(p_program), gl.load(p_program + 1), gl.load(p_program + 2), gl.load(p_program + 3)
-
-
-@gluon.jit
-def _zero_tail(block, valid, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """Zeros in a block [ROWS, WIDTH] of shared memory from row `valid` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    x = block.load(layout)
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    block.store(gl.where((o_row < valid)[:, None], x, gl.zeros([ROWS, WIDTH], x.dtype, layout=layout)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -61,39 +39,24 @@ def _softmax(scores, peak, total, scale):
 
 
 @gluon.jit
-def _ring(turn, STAGES: gl.constexpr):
-    """(slot, parity) of a turn."""
-    return turn % STAGES, (turn // STAGES) & 1
-
-
-@gluon.jit
-def _blocks(row, first, last, ROWS: gl.constexpr, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many blocks of keys a tile of 2 ROWS queries from `row` on sees."""
-    stop = last
-    if CAUSAL:
-        stop = gl.minimum(last, row + 2 * ROWS)
-    return gl.cdiv(stop - first, COLUMNS)
-
-
-@gluon.jit
 def _attend(
-    ring, out, lse, head, tile, end, first, last, scale, tokens, stride_out,
+    shared, out, lse, head, tile, end, first, last, scale, tokens, stride_out,
     WHO: gl.constexpr, E: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """What warp group WHO does: its ROWS queries against every block of keys that they see."""
-    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty = ring
+    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty = shared
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row = tile + WHO * ROWS
-    blocks = _blocks(tile, first, last, ROWS, COLUMNS, CAUSAL)
+    blocks = count_blocks(tile, first, last, ROWS, COLUMNS, CAUSAL)
     top = blocks - 1
     if CAUSAL:
         top = gl.minimum(top, (row - first) // COLUMNS)
     hidden = blocks - 1 - top
     for turn in range(0, hidden):
-        slot, parity = _ring(turn, STAGES)
+        slot, parity = slot_of(turn, STAGES)
         mbarrier.wait(k_full.index(slot), parity)
         mbarrier.arrive(k_empty.index(slot), count=1)
         mbarrier.wait(v_full.index(slot), parity)
@@ -103,7 +66,7 @@ def _attend(
     acc = gl.zeros([ROWS, E], gl.float32, layout=o_layout)
     peak = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, s_layout))
     total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, s_layout))
-    slot, parity = _ring(hidden, STAGES)
+    slot, parity = slot_of(hidden, STAGES)
     b_q = q_s.index(WHO)
     mbarrier.wait(q_full.index(WHO), 0)
     mbarrier.wait(k_full.index(slot), parity)
@@ -121,13 +84,13 @@ def _attend(
     b_p = gl.convert_layout(p.to(q_s.dtype), p_layout)
     if last - column < COLUMNS:
         mbarrier.wait(v_full.index(slot), parity)
-        _zero_tail(v_s.index(slot), last - column, COLUMNS, E)
-    slot, parity = _ring(hidden + 1, STAGES)
+        zero_tail(v_s.index(slot), last - column, COLUMNS, E)
+    slot, parity = slot_of(hidden + 1, STAGES)
     mbarrier.wait(k_full.index(slot), parity, pred=hidden + 1 < blocks)
     for turn in range(hidden + 1, blocks):
-        slot, _ = _ring(turn, STAGES)
-        before, before_parity = _ring(turn - 1, STAGES)
-        after, after_parity = _ring(turn + 1, STAGES)
+        slot, _ = slot_of(turn, STAGES)
+        before, before_parity = slot_of(turn - 1, STAGES)
+        after, after_parity = slot_of(turn + 1, STAGES)
         started = warpgroup_mma(b_q, k_s.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(before), before_parity)
         adding = warpgroup_mma(b_p, v_s.index(before), acc, is_async=True)
@@ -141,63 +104,49 @@ def _attend(
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
         b_p = gl.convert_layout(p.to(q_s.dtype), p_layout)
-    slot, parity = _ring(blocks - 1, STAGES)
+    slot, parity = slot_of(blocks - 1, STAGES)
     mbarrier.wait(v_full.index(slot), parity)
     adding = warpgroup_mma(b_p, v_s.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[adding])
     gl.store(lse + head.to(gl.int64) * tokens + o_row, (peak + gl.log2(total)) * LN2, mask=o_row < end)
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
-    _store(out, acc, head, row, end, stride_out, E, ROWS, o_layout)
-
-
-@gluon.jit
-def _store(to, values, head, row, end, stride, E: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
-    """values [ROWS, E] into one head of `to` [T, heads, E], rounded."""
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_e = gl.arange(0, E, layout=gl.SliceLayout(0, layout))
-    base = to + head.to(gl.int64) * E + row.to(gl.int64) * stride
-    # 32-bit offsets inside a tile
-    gl.store(
-        base + (o_row[:, None] * stride + o_e[None, :]),
-        values.to(to.dtype.element_ty),
-        mask=(row + o_row < end)[:, None],
-    )
+    store(out, acc, head, row, end, stride_out, E, ROWS, o_layout)
 
 
 @gluon.jit
 def _attend_first(
-    ring, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens, stride_out,
+    shared, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens, stride_out,
     E: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     _attend(
-        ring, out, lse, head, tile, end, first, last, scale, tokens, stride_out, 0, E, ROWS, COLUMNS, STAGES, CAUSAL
+        shared, out, lse, head, tile, end, first, last, scale, tokens, stride_out, 0, E, ROWS, COLUMNS, STAGES, CAUSAL
     )
 
 
 @gluon.jit
 def _attend_second(
-    ring, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens, stride_out,
+    shared, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens, stride_out,
     E: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     _attend(
-        ring, out, lse, head, tile, end, first, last, scale, tokens, stride_out, 1, E, ROWS, COLUMNS, STAGES, CAUSAL
+        shared, out, lse, head, tile, end, first, last, scale, tokens, stride_out, 1, E, ROWS, COLUMNS, STAGES, CAUSAL
     )
 
 
 @gluon.jit
 def _load(
-    ring, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens, stride_out,
+    shared, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens, stride_out,
     E: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """What the loading warp does: queries once, then blocks of keys and values as slots become free."""
-    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty = ring
+    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty = shared
     for who in gl.static_range(2):
         mbarrier.expect(q_full.index(who), q_tma.block_type.nbytes)
         tma.async_copy_global_to_shared(q_tma, [tile + who * ROWS, head * E], q_full.index(who), q_s.index(who))
-    blocks = _blocks(tile, first, last, ROWS, COLUMNS, CAUSAL)
+    blocks = count_blocks(tile, first, last, ROWS, COLUMNS, CAUSAL)
     from_column = (head // group) * E
     for turn in range(0, blocks):
-        slot, parity = _ring(turn, STAGES)
+        slot, parity = slot_of(turn, STAGES)
         column = first + (blocks - 1 - turn) * COLUMNS
         mbarrier.wait(k_empty.index(slot), parity ^ 1)
         mbarrier.expect(k_full.index(slot), k_tma.block_type.nbytes)
@@ -214,7 +163,7 @@ def forward_kernel(
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out [tokens, heads, E] and lse [heads, tokens] of one tile of queries that has keys; `scale` holds log2(e)."""
-    head, tile, end, first, last = _place(programs, heads)
+    head, tile, end, first, last = place(programs, heads)
     q_s = gl.allocate_shared_memory(q_tma.dtype, [2, ROWS, E], q_tma.layout)
     k_s = gl.allocate_shared_memory(k_tma.dtype, [STAGES, COLUMNS, E], k_tma.layout)
     v_s = gl.allocate_shared_memory(v_tma.dtype, [STAGES, COLUMNS, E], v_tma.layout)
@@ -230,15 +179,15 @@ def forward_kernel(
         mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(k_empty.index(slot), count=2)
         mbarrier.init(v_empty.index(slot), count=2)
-    ring = (q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty)
+    shared = (q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty)
     # written out three times: a name would make run-time values of the compile-time ones
     gl.warp_specialize(
         [
-            (_attend_first, (ring, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens,
+            (_attend_first, (shared, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens,
                              stride_out, E, ROWS, COLUMNS, STAGES, CAUSAL)),
-            (_attend_second, (ring, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens,
+            (_attend_second, (shared, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens,
                               stride_out, E, ROWS, COLUMNS, STAGES, CAUSAL)),
-            (_load, (ring, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens,
+            (_load, (shared, q_tma, k_tma, v_tma, out, lse, head, group, tile, end, first, last, scale, tokens,
                      stride_out, E, ROWS, COLUMNS, STAGES, CAUSAL)),
         ],
         [4, 1], [REGISTERS, 24],
