@@ -43,6 +43,7 @@ def _add_rows(
     start = first
     if CAUSAL:
         start = tile
+        last = end  # one register less
     blocks = gl.cdiv(last - start, STEP)
     b_k = k_s.index(WHO)
     b_v = v_s.index(WHO)
@@ -62,7 +63,7 @@ def _add_rows(
         b_base = rows_s.index(2 * slot).load(gl.SliceLayout(0, s_layout))
         p = gl.exp2(scores * scale - b_base[None, :])
         if CAUSAL:
-            p = gl.where(o_row[None, :] >= (o_column + (column - row))[:, None], p, 0.0)
+            p = gl.where((o_row + (row - column))[None, :] >= o_column[:, None], p, 0.0)
         b_p = gl.convert_layout(p.to(q_s.dtype), p_layout)
         dp = warpgroup_mma_wait(0, deps=[slopes])
         adding_dv = warpgroup_mma(b_p, b_do, b_dv, is_async=True)
