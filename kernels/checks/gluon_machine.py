@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .case import Broken
 from .gluon_language import InFlight, Pointer, Shared, language
 
 
@@ -45,10 +46,6 @@ SCHEDULES = (
     Schedule(seed=1),
     Schedule(seed=2),
 )
-
-
-class Broken(AssertionError):
-    """The kernel does what would go wrong on some GPU run."""
 
 
 class _Stopped(BaseException):
