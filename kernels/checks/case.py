@@ -35,10 +35,6 @@ class CompileCase:
     specialized: bool = False
 
 
-class Broken(AssertionError):
-    """Raised by a case's run where a kernel does what would go wrong on some GPU run: a deadlock, a race."""
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One tensor of a case, three ways: ours, plain torch's in the same dtype, and the fp64 result (see three_way)."""

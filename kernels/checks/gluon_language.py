@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 
+class Broken(AssertionError):
+    """The kernel does what would go wrong on some run on a GPU."""
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Into a tensor; offsets add up in 64 bits, as they stand in the source until then."""
@@ -42,7 +46,7 @@ class Shared:
 
     def index(self, i: Any) -> Any:
         if not 0 <= int(i) < len(self.data):
-            raise IndexError(f"slot {int(i)} of {len(self.data)}")
+            raise Broken(f"slot {int(i)} of {len(self.data)}")
         found = self.data[int(i)]
         return Shared(self.machine, found) if isinstance(found, Tensor) else found
 
@@ -154,7 +158,7 @@ class _Barriers:
 
     def wait(self, barrier: Any, parity: Any, pred: Any = True) -> None:
         if pred:
-            self.machine.wait(lambda: barrier.passed(int(parity)), f"parity {int(parity)} of {barrier}")
+            self.machine.wait(lambda: barrier.passed(int(parity)))
 
 
 class _Language:
@@ -212,15 +216,19 @@ class _Language:
         if mask is None:
             return pointer.base[pointer.offset]
         mask, offset = torch.broadcast_tensors(mask, pointer.offset)
+        at = offset[mask]
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < len(pointer.base):
+            raise Broken(f"loads {int(at.min())} to {int(at.max())} of {len(pointer.base)} numbers")
         found = torch.full(offset.shape, other, dtype=pointer.base.dtype)
-        found[mask] = pointer.base[offset[mask]]
+        found[mask] = pointer.base[at]
         return found
 
     def store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:
         assert value.dtype == pointer.base.dtype
         mask, offset, value = torch.broadcast_tensors(mask, pointer.offset, value)
         at = offset[mask]
-        assert not len(at) or int(at.min()) >= 0, "a negative address: a 32-bit number overflowed"
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < len(pointer.base):
+            raise Broken(f"stores {int(at.min())} to {int(at.max())} of {len(pointer.base)} numbers")
         pointer.base[at] = value[mask]
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:

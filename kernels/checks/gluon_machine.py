@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .case import Broken
-from .gluon_language import InFlight, Pointer, Shared, language
+from .gluon_language import Broken, InFlight, Pointer, Shared, language
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Partition:
     number: int
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     ready: Callable[[], bool] = lambda: True
-    waits_for: str = ""
+    slow: bool = False
     done: bool = False
     error: BaseException | None = None
     products: list[InFlight] = field(default_factory=list)
@@ -154,8 +153,8 @@ class Machine:
             self.copies.pop(self.random.randrange(len(self.copies)) if self.schedule.copies == "random" else 0)()
             return
         if not able:
-            waiting = ", ".join(f"partition {p.number} for {p.waits_for}" for p in partitions if not p.done)
-            raise Broken(f"deadlock: {waiting}")
+            raise Broken(f"deadlock of partitions {', '.join(str(p.number) for p in partitions if not p.done)}")
+        able = [p for p in able if not p.slow] or able
         order = self.schedule.order
         self.current = min(able, key=lambda p: order.index(p.number)) if order else self.random.choice(able)
         self.current.go.release()
@@ -175,12 +174,12 @@ class Machine:
         partition.done = True
         self.back.release()
 
-    def wait(self, ready: Callable[[], bool], waits_for: str) -> None:
+    def wait(self, ready: Callable[[], bool]) -> None:
         """Goes on when it is this partition's turn and `ready`."""
         if self.current is self.alone:
             raise Broken("a wait outside of gl.warp_specialize")
         mine = self.current
-        mine.ready, mine.waits_for = ready, waits_for
+        mine.ready = ready
         self.back.release()
         mine.go.acquire()
         if self.stopping:
@@ -189,7 +188,7 @@ class Machine:
     def pause(self) -> None:
         """Another partition may be faster here."""
         if not self.schedule.order and self.current is not self.alone and self.random.random() < 0.5:
-            self.wait(lambda: True, "its turn")
+            self.wait(lambda: True)
 
     def multiply(self, a: Any, b: Shared, acc: Tensor, use_acc: bool) -> InFlight:
         mine = self.current
@@ -208,7 +207,12 @@ class Machine:
 
     def finish(self, outstanding: int, deps: list[Any]) -> Any:
         """warpgroup_mma_wait"""
-        mine = self.current
+        mine, how = self.current, self.schedule.products
+        if how == "late" or (how == "random" and self.random.random() < 0.5):
+            # all others go on as far as they can while the products read
+            mine.slow = True
+            self.wait(lambda: True)
+            mine.slow = False
         while len(mine.products) > outstanding:
             mine.products.pop(0).finish()
         if any(dep in mine.products for dep in deps if isinstance(dep, InFlight)):
