@@ -12,6 +12,7 @@ Backends
     blockwise   plain torch, online softmax over blocks, memory linear in T, any dtype and device
     cpu         torch's fused CPU operator, one call per rectangle of similar segments (see `segments`)
     triton      our kernels (`attention_triton`): NVIDIA GPUs, unrounded partial results, deterministic
+    gluon       our experimental kernels for Hopper (`experimental/attention_gluon`), which no GPU has run: by name alone
     flash       torch's FlashAttention-2 operator: bf16 and fp16, rounds partial results
     cudnn       torch's cuDNN operator: as flash, head dimensions up to 128
     auto        what was fastest on this kind of GPU (`attention_choice`); on a CPU cpu; fp64: reference while small,
@@ -36,7 +37,7 @@ from torch import Tensor
 from . import attention_cuda
 from . import attention_dense as dense
 from .attention_choice import BACKENDS as BACKENDS
-from .attention_choice import ROW_BACKENDS, choose, compute_dtype, triton_backend
+from .attention_choice import ROW_BACKENDS, choose, compute_dtype, gluon_backend, triton_backend
 from .segments import Rectangle, Side, assemble, plan
 
 Lengths = Tensor | Sequence[int]
@@ -56,10 +57,12 @@ _BACKWARD = {
 _ROW_FORWARD = {
     "flash": attention_cuda.flash_forward,
     "triton": lambda *arguments: triton_backend().forward(*arguments),
+    "gluon": lambda *arguments: gluon_backend().forward(*arguments),
 }
 _ROW_BACKWARD = {
     "flash": attention_cuda.flash_backward,
     "triton": lambda *arguments: triton_backend().backward(*arguments, deterministic=True),  # it always is
+    "gluon": lambda *arguments: gluon_backend().backward(*arguments, deterministic=True),
 }
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import attention_cuda
 
-BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "flash", "cudnn")
-ROW_BACKENDS = frozenset({"triton", "flash"})
+BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "gluon", "flash", "cudnn")
+ROW_BACKENDS = frozenset({"triton", "gluon", "flash"})
 """These take a whole row of segments; the others a rectangle of equal segments at a time."""
 UNMEASURED = ("flash", "blockwise")
 MEASURED: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -35,7 +35,7 @@ def choose(name: str, stage: str, q: Tensor, largest: int, deterministic: bool =
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
     if name != "auto":
-        reason = unsuited(name, q) or _unordered(name, stage, deterministic)
+        reason = unsuited(name, q) or _unordered(name, stage, deterministic) or _one_way(name, stage, q)
         if reason:
             way_out = _automatic(stage, q, largest, deterministic)
             raise ValueError(f"attention backend {name!r} can't do this: {reason}; use {way_out!r} or 'auto'")
@@ -52,7 +52,8 @@ def unsuited(name: str, q: Tensor) -> str | None:
     checks: dict[str, Callable[[Tensor], str | None]] = {
         "flash": attention_cuda.unsuited,
         "cudnn": attention_cuda.unsuited_cudnn,
-        "triton": _unsuited_triton,
+        "triton": lambda q: _unsuited_by(triton_backend, q),
+        "gluon": lambda q: _unsuited_by(gluon_backend, q),
     }
     return checks[name](q) if name in checks else None
 
@@ -64,13 +65,25 @@ def triton_backend() -> Any:
     return attention_triton
 
 
-def _unsuited_triton(q: Tensor) -> str | None:
+def gluon_backend() -> Any:
+    """The module of our experimental Hopper kernels, imported as the one above."""
+    from .experimental import attention_gluon
+
+    return attention_gluon
+
+
+def _unsuited_by(backend: Callable[[], Any], q: Tensor, **how: Any) -> str | None:
     try:
-        return triton_backend().unsuited(q, q, q)  # keys and values are like queries in what it looks at
+        return backend().unsuited(q, q, q, **how)  # keys and values are like queries in what it looks at
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         return "Triton isn't installed"
+
+
+def _one_way(name: str, stage: str, q: Tensor) -> str | None:
+    """A backward that can do less than its forward."""
+    return _unsuited_by(gluon_backend, q, backward=True) if name == "gluon" and stage == "backward" else None
 
 
 def _unordered(name: str, stage: str, deterministic: bool) -> str | None:

@@ -71,7 +71,7 @@ def forward(
     block = call.tiles.forward
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    programs = _programs(bounds_q, bounds_k, block.rows, "queries" if causal else "")
+    programs = work_list(bounds_q, bounds_k, block.rows, "queries" if causal else "")
     call.launch(
         forward_kernel, block, programs, heads,
         out=out, lse=lse, scale=scale * LOG2E.value, stride_out=heads * width,
@@ -100,15 +100,15 @@ def backward(
     """
     (_, heads, width), (_, key_heads, _) = q.shape, k.shape
     call = _Call.of(q, k, v, causal, dout.to(q.dtype))
-    base, delta = _delta(call, out, lse)
+    base, delta = row_sums(call.rows["dout"], out, lse)
     dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=grad_dtype, device=q.device) for _ in range(2))
     shared: dict[str, Any] = {"base": base, "delta": delta, "scale": scale * LOG2E.value, "unit": scale}
     block = call.tiles.keys
-    programs = _programs(bounds_k, bounds_q, block.columns, "keys" if causal else "")
+    programs = work_list(bounds_k, bounds_q, block.columns, "keys" if causal else "")
     call.launch(keys_kernel, block, programs, key_heads, dk=dk, dv=dv, stride_dk=key_heads * width, **shared)
     block = call.tiles.queries
-    programs = _programs(bounds_q, bounds_k, block.rows, "queries" if causal else "")
+    programs = work_list(bounds_q, bounds_k, block.rows, "queries" if causal else "")
     call.launch(queries_kernel, block, programs, heads, dq=dq, stride_dq=heads * width, **shared)
     return dq, dk, dv
 
@@ -162,9 +162,9 @@ class _Call:
         return found
 
 
-def _delta(call: _Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(base, delta) [H, T] in fp32, as the gradients' kernels read them."""
-    dout, lse = call.rows["dout"], lse.float().contiguous()
+def row_sums(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(base, delta) [H, T] in fp32, as the gradients' kernels read them. dout's heads have unit stride."""
+    lse = lse.float().contiguous()
     out = out if out.stride(2) == 1 else out.contiguous()
     tokens, heads, width = dout.shape
     base, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -172,13 +172,13 @@ def _delta(call: _Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         launch(
             delta_kernel, (tiles(tokens, DELTA_ROWS) * heads,), dout.device, dout, out, lse, delta, base, tokens, heads,
             dout.stride(0), dout.stride(1), out.stride(0), out.stride(1),
-            E=width, ROWS=DELTA_ROWS, WIDTH=call.tiles.width, num_warps=4,
+            E=width, ROWS=DELTA_ROWS, WIDTH=1 << (width - 1).bit_length(), num_warps=4,
         )  # fmt: skip
     return base, delta
 
 
 @lru_cache(maxsize=64)
-def _programs(own: Bounds, other: Bounds, size: int, diagonal: str) -> np.ndarray:
+def work_list(own: Bounds, other: Bounds, size: int, diagonal: str) -> np.ndarray:
     """[n, 4] in int32: a tile's first token, its segment's end, and begin and end of the other side's segment.
 
     Heaviest first, so that the last to finish are short ones. `diagonal` says whether the tiles are of "queries" or of

@@ -22,7 +22,7 @@ from .checks.worker import Job, read
 
 PARTS = ("numerics", "compile", "floor", "mutants")
 TITLES = {
-    "numerics": "Numbers, in the interpreter (three-way rule: 1.00 is all that is allowed)",
+    "numerics": "Numbers, in the interpreter; Gluon on a simulated machine (three-way rule: 1.00 is all that is allowed)",
     "compile": "Compiled code (bytes; counts of instructions)",
     "mutants": "Mutants (each must be caught; errors in units of the allowed one)",
 }

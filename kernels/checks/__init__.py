@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 
 def names() -> list[str]:
     """The described ops."""
-    ops = {path.stem for path in HERE.parent.glob("*.py")} - {"__init__"}
-    return sorted(path.stem for path in HERE.glob("*.py") if path.stem in ops)
+    ops = {path.stem for folder in (HERE.parent, HERE.parent / "experimental") for path in folder.glob("*.py")}
+    return sorted(path.stem for path in HERE.glob("*.py") if path.stem in ops - {"__init__"})
 
 
 def load(name: str) -> Description:

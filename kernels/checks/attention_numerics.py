@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -57,18 +57,26 @@ DEAD = (Setting("rows of infinite lse", (5, 37)),)
 
 def numeric_cases() -> list[NumericCase]:
     """Every setting as a call of its own; then gradients of merged results, and with rows that have no keys anywhere."""
-    plan = [*((s, _whole) for s in SETTINGS), *((s, _halves) for s in HALVES), *((s, _dead) for s in DEAD)]
+    plan = [*((s, whole) for s in SETTINGS), *((s, halves) for s in HALVES), *((s, dead) for s in DEAD)]
     return [
-        NumericCase(setting.label, dtype, partial(way, _Call(setting, dtype)))
+        NumericCase(setting.label, dtype, partial(way, Call(setting, dtype, _triton)))
         for dtype in (torch.float32, torch.float16)
         for setting, way in plan
     ]
 
 
-class _Call:
+def _triton() -> Any:
+    from .. import attention_triton
+
+    return attention_triton
+
+
+class Call:
     """Inputs of a setting, and the sizes of what is summed."""
 
-    def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
+    def __init__(self, setting: Setting, dtype: torch.dtype, kernels: Callable[[], Any]) -> None:
+        """kernels: gives the forward and the backward to be judged, as attributes."""
+        self.kernels = kernels
         keys = setting.queries if setting.keys is None else setting.keys
         self.setting, self.dtype, self.causal = setting, dtype, setting.keys is None
         self.bounds_q, self.bounds_k = (tuple(accumulate(n, initial=0)) for n in (setting.queries, keys))
@@ -119,45 +127,42 @@ class _Call:
                 yield Comparison(name, x, plain[name], exact[name], terms[name])
 
 
-def _whole(call: _Call) -> Iterator[Comparison]:
-    from ..attention_triton import backward, forward
-
+def whole(call: Call) -> Iterator[Comparison]:
+    kernels = call.kernels()
     where = (call.bounds_q, call.bounds_k, call.causal, call.scale)
-    out, lse = forward(call.q, call.k, call.v, *where, call.dtype)
-    dq, dk, dv = backward(call.dout, call.q, call.k, call.v, out, lse, *where, call.dtype, True)
+    out, lse = kernels.forward(call.q, call.k, call.v, *where, call.dtype)
+    dq, dk, dv = kernels.backward(call.dout, call.q, call.k, call.v, out, lse, *where, call.dtype, True)
     yield from call.compare({"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}, call.dout)
 
 
-def _halves(call: _Call) -> Iterator[Comparison]:
+def halves(call: Call) -> Iterator[Comparison]:
     """Each segment's keys in two halves, results merged in fp32, each half's gradients of the merged results."""
     from ..attention import merge
-    from ..attention_triton import backward, forward
 
     spans = list(zip(call.bounds_k, call.bounds_k[1:], strict=False))
-    halves = [[(a, (a + b) // 2) for a, b in spans], [((a + b) // 2, b) for a, b in spans]]
-    parts: list[tuple[Tensor, Tensor, Tensor, tuple[Bounds, Bounds, bool, float]]] = []
-    for half in halves:
+    kernels, parts = call.kernels(), []
+    sides = [[(a, (a + b) // 2) for a, b in spans], [((a + b) // 2, b) for a, b in spans]]
+    for half in sides:
         rows = torch.cat([torch.arange(a, b) for a, b in half])
         bounds = tuple(accumulate((b - a for a, b in half), initial=0))
         parts.append((rows, call.k[rows], call.v[rows], (call.bounds_q, bounds, False, call.scale)))
-    made = [forward(call.q, k, v, *where, torch.float32) for _, k, v, where in parts]
+    made = [kernels.forward(call.q, k, v, *where, torch.float32) for _, k, v, where in parts]
     out, lse = merge(*made[0], *made[1])
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (call.q, call.k, call.v))
     for rows, k, v, where in parts:
-        part_q, part_k, part_v = backward(call.dout, call.q, k, v, out, lse, *where, torch.float32, True)
+        part_q, part_k, part_v = kernels.backward(call.dout, call.q, k, v, out, lse, *where, torch.float32, True)
         dq += part_q
         dk[rows], dv[rows] = part_k, part_v
     yield from call.compare({"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}, call.dout)
 
 
-def _dead(call: _Call) -> Iterator[Comparison]:
+def dead(call: Call) -> Iterator[Comparison]:
     """Every third row has lse = -inf, every seventh +inf: it takes no part in any gradient."""
-    from ..attention_triton import backward, forward
-
+    kernels = call.kernels()
     where = (call.bounds_q, call.bounds_k, call.causal, call.scale)
-    out, lse = forward(call.q, call.k, call.v, *where, call.dtype)
+    out, lse = kernels.forward(call.q, call.k, call.v, *where, call.dtype)
     lse[:, ::3], lse[:, ::7] = -math.inf, math.inf
-    dq, dk, dv = backward(call.dout, call.q, call.k, call.v, out, lse, *where, call.dtype, True)
+    dq, dk, dv = kernels.backward(call.dout, call.q, call.k, call.v, out, lse, *where, call.dtype, True)
     dout = call.dout.clone()
     dout[::3], dout[::7] = 0, 0
     yield from call.compare({"dq": dq, "dk": dk, "dv": dv}, dout)

@@ -18,7 +18,9 @@ class CompileCase:
     constexprs the value of all others (None for a pointer that isn't passed). `divisible` names the arguments that are
     multiples of 16: pointers always are, sizes where the model's are. tensor_cores says whether the compiled code must
     use them; where it says no, using them is an error too, since fp32 products there are TF32 ones. `spills_allowed`:
-    bytes of stack a thread that are known and put up with; the case's description says why.
+    bytes of stack a thread that are known and put up with; the case's description says why. specialized: a Gluon kernel
+    by hand, with a warp that loads: its code must load through descriptors, hand registers from warp to warp, and keep
+    its products asynchronous, of which ptxas warns when it can't.
     """
 
     label: str
@@ -30,6 +32,7 @@ class CompileCase:
     num_stages: int = 3
     tensor_cores: bool = True
     spills_allowed: int = 0
+    specialized: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ options than Triton's. The stack holds whatever a thread couldn't keep in regist
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,11 @@ SHARED_LIMIT = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 2
 TENSOR_CORES = {"mma": r"\bmma\.sync\.", "wgmma": r"\bwgmma\.mma_async\.", "tcgen05": r"\btcgen05\.mma\."}
 OWN_INSTRUCTION = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 """The tensor-core instruction that reaches an architecture's full speed."""
+SPECIALIZED = {
+    "load through a descriptor": r"\bcp\.async\.bulk\.tensor\.",
+    "registers handed from warp to warp": r"\bsetmaxnreg\.",
+    "asynchronous product": r"\bwgmma\.wait_group\.sync\.aligned\s+[1-9]",
+}
 TMA_LOAD = r"\bcp\.async\.bulk\.tensor\.[\w.:]*\bshared::(?:cluster|cta)\.global\b"
 
 
@@ -55,6 +62,7 @@ class Row:
 def _source(case: CompileCase) -> Any:
     """Raises ValueError where the case and the kernel disagree about its arguments."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction
 
     if not isinstance(case.kernel, JITFunction):
@@ -70,7 +78,8 @@ def _source(case: CompileCase) -> Any:
         )
     signature = {name: case.signature.get(name, "constexpr") for name in order}
     attrs = {(order.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
-    return ASTSource(case.kernel, signature, constexprs=dict(case.constexprs), attrs=attrs)
+    source = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    return source(case.kernel, signature, constexprs=dict(case.constexprs), attrs=attrs)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -101,6 +110,12 @@ def _problems(case: CompileCase, arch: int, stack: int, shared: int, tensor_core
     return found
 
 
+def _problems_of_warps(ptx: str, log: str) -> list[str]:
+    """Of a kernel that deals out its warps by hand. log: what ptxas said."""
+    found = [f"no {what}" for what, pattern in SPECIALIZED.items() if not re.search(pattern, ptx)]
+    return found + [line.strip() for line in log.splitlines() if "wgmma" in line and "serialized" in line]
+
+
 def compile_case(case: CompileCase, arch: int) -> Row:
     """Compiles one case for sm_`arch`, on a machine with or without a GPU.
 
@@ -115,12 +130,16 @@ def compile_case(case: CompileCase, arch: int) -> Row:
     hits: list[bool] = []
     source, options = _source(case), {"num_warps": case.num_warps, "num_stages": case.num_stages}
     start = time.perf_counter()
-    with knobs.compilation.scope():
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(log):
+        # ptxas speaks only when it runs
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = case.specialized
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
     registers, stack = _resources(compiled.asm["cubin"])
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    problems = _problems_of_warps(ptx, log.getvalue()) if case.specialized else []
     tensor_cores = {name: len(re.findall(pattern, ptx)) for name, pattern in TENSOR_CORES.items()}
     return Row(
         label=case.label,
@@ -135,7 +154,7 @@ def compile_case(case: CompileCase, arch: int) -> Row:
         tma=len(re.findall(TMA_LOAD, ptx)),
         seconds=seconds,
         cached=all(hits),
-        problems=_problems(case, arch, stack, shared, tensor_cores),
+        problems=problems + _problems(case, arch, stack, shared, tensor_cores),
     )
 
 

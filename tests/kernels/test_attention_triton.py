@@ -67,7 +67,7 @@ BOUNDS = (0, 3, 3, 200, 201, 330)
 @pytest.mark.parametrize("diagonal", ["", "queries", "keys"])
 def test_every_tile_has_one_program_and_the_heaviest_start_first(size: int, diagonal: str) -> None:
     other = (0, 5, 9, 9, 400, 450) if not diagonal else BOUNDS
-    table = backend._programs(BOUNDS, other, size, diagonal).tolist()
+    table = backend.work_list(BOUNDS, other, size, diagonal).tolist()
     segments = {(BOUNDS[i + 1], other[i], other[i + 1]): BOUNDS[i] for i in range(5)}
     seen, work = [], []
     for token, end, first, last in table:
