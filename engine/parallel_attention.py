@@ -27,6 +27,7 @@ from ..kernels.attention_choice import choose, unsuited
 from .gather import GatherSchedule
 from .mesh import Mesh
 from .partials import Kernel
+from .ring import RingSchedule
 from .shards import Cut
 from .ulysses import HeadExchange, Heads
 
@@ -56,7 +57,7 @@ class ParallelSharedPrefix:
     def __init__(self, cut: Cut, mesh: Mesh, backend: str = "auto") -> None:
         self.cut, self.mesh, self.backend = cut, mesh, backend
         self.tokens = len(cut.tokens[mesh.sequence_rank])
-        self.schedule = GatherSchedule(cut.shards, mesh.ring_rank, mesh.ring_group)
+        self.schedule = (GatherSchedule if mesh.config.schedule=="all-gather" else RingSchedule)(cut.shards, mesh.ring_rank, mesh.ring_group)
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, scale: float) -> Tensor:
         filler = q_THE.shape[0] - self.tokens
