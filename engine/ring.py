@@ -119,8 +119,9 @@ class RingSchedule:
     def _rows(self, t: int, far: int, *, exactly: bool = False) -> Tensor:
         """Of the keys of step t, the rows of pieces that go `far` hops or farther, or exactly so far."""
         reach = [(piece, n) for piece, n in self._reach[(self.rank + t) % self.ring] if n >= t]
-        wanted = [n == far if exactly else n >= far for piece, n in reach]
-        return torch.tensor(wanted).repeat_interleave(torch.tensor([p.tokens for p, _ in reach])).nonzero().squeeze(1)
+        wanted = torch.tensor([n == far if exactly else n >= far for _, n in reach], dtype=torch.bool)
+        tokens = torch.tensor([piece.tokens for piece, _ in reach], dtype=torch.long)
+        return wanted.repeat_interleave(tokens).nonzero().squeeze(1)
 
     def _post(self, sends: list[Message], receives: list[Message]) -> list[Any]:
         """Between each pair of ranks messages match in order; empty ones are left out on both sides."""
