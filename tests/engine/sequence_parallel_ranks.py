@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -393,7 +394,11 @@ def everything(rank: int, world: int, folder: Path) -> Result:
     def models(name: str, **options: Any) -> PreTrainedModel:
         return load_model(given["folders"][name], dtype=torch.float64, device="cpu", verify=False, **options)
 
-    found: Result = {"exact": {}}
+    found: Result = {"exact": {}, "log": []}
+    heard = logging.Handler()
+    heard.emit = lambda record: found["log"].append(record.getMessage())
+    logging.getLogger("longreach.parallel").addHandler(heard)
+    logging.getLogger("longreach.parallel").setLevel(logging.INFO)
     for ring, ulysses in LAYOUTS[world]:
         for schedule in SCHEDULES if ring > 1 else SCHEDULES[:1]:
             mesh = make_mesh(ParallelConfig(ring, ulysses, schedule), "cpu")
