@@ -77,7 +77,8 @@ def measure(options: argparse.Namespace) -> int:
     if find_spec("matplotlib") is None:
         print("no picture: matplotlib isn't installed")
     elif any(row["status"] == "measured" for row in rows):
-        print(f"picture: {plot.draw(rows, options.plot or path.with_suffix('.png'))}")
+        draw = getattr(asked[0][0], "draw", plot.draw) if len(asked) == 1 else plot.draw
+        print(f"picture: {draw(rows, options.plot or path.with_suffix('.png'))}")
     print(f"{runner.report.written} rows written to {path}, {runner.report.standing} stood already")
     return status(runner.report)
 

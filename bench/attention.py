@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from longreach.kernels import attention
+from longreach.kernels import attention, attention_flash
 
 from .case import PASSES as PASSES
 from .case import Case, Contender, Exact, Gap, Missing, Problem, gather
@@ -72,6 +72,7 @@ def problem(case: Case) -> Problem:
     for name, module, package in (
         ("flash-attention 2", "flash_attn", "flash-attn"),
         ("flash-attention 3", "flash_attn_interface", "flash-attn-3"),
+        ("flash-attention 4", "flash_attn.cute", "flash-attn-4"),
     ):
         found = gather(name, lambda name=name, m=module, p=package: flash(name, m, p, case, q, k, v, dout, causal))
         contenders.append(found)
@@ -98,7 +99,9 @@ def own(name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) 
     def backward(state: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
         return attention.backward(dout, q, k, v, *state, causal=causal, backend=name)
 
-    return Contender(f"longreach, {name}", "out and lse", lambda: forward()[0], forward, backward, None, True)
+    package = attention_flash.PACKAGES.get(name)
+    origin = package.distribution if package else None
+    return Contender(f"longreach, {name}", "out and lse", lambda: forward()[0], forward, backward, origin, True)
 
 
 def differentiable(

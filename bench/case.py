@@ -57,6 +57,11 @@ class Contender:
     package: str | None = None
     """The distribution it comes from, whose version goes into the row; None: torch, or this project."""
     ours: bool = False
+    part: Callable[[], Sequence[Tensor | None]] | None = None
+    """One of `parts` equal parts of an update, for `once`: its time is multiplied."""
+    parts: int = 1
+    warm_up: Callable[[], Any] = lambda: None
+    """For `once`: the same on little, so that what is compiled or loaded at first use is there."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,10 @@ class Problem:
     bytes: Mapping[str, float]
     exact: Callable[[], Exact] | None
     gradients: tuple[str, ...] = field(default=())
+    once: bool = False
+    """A run takes so long that each contender gets one, without rounds (`once`)."""
+    tokens: int | None = None
+    """What a throughput counts, where one is told."""
 
 
 class Op(Protocol):

@@ -5,6 +5,7 @@
 #   bench/gpu.sh kernels     log-probs and policy losses beside their peers
 #   bench/gpu.sh attention   attention beside torch's kernels and flash-attention
 #   bench/gpu.sh step        one GRPO update, shared prefix against repeated prompts
+#   bench/gpu.sh headline    one update of an 8B-shaped model with adapters at 16K to 120K, dense against shared
 #   bench/gpu.sh with CMD..  any command in the same surroundings
 #
 # Needs torch, triton, transformers, numpy and pytest; the project need not be installed. Pure-Python peers are taken
@@ -15,7 +16,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 case ${1:-} in
-    check | kernels | attention | step | with) ;;
+    check | kernels | attention | step | headline | with) ;;
     *) sed -n '2,/^set/s/^#\( \|$\)//p' "$0" >&2; exit 2 ;;
 esac
 
@@ -32,6 +33,9 @@ for wheel in "$root"/bench/wheels/*-none-any.whl; do
     "$python" -m zipfile -e "$wheel" "$work/site"
     export PYTHONPATH=$work:$work/site
 done
+
+# the longest prompts leave no room for a fragmented cache
+if [ "$1" = headline ]; then export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}; fi
 
 if [ "$1" = with ]; then
     shift

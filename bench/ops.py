@@ -9,7 +9,7 @@ from typing import Any
 
 from .case import Case
 
-NAMES = ("linear_logprob", "linear_policy_loss", "policy_loss", "attention", "step", "train_step")
+NAMES = ("linear_logprob", "linear_policy_loss", "policy_loss", "attention", "step", "train_step", "headline")
 SHAPES = ("small", "default", "large")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import exact, results, roofline, summary, timing
+from . import exact, once, results, roofline, summary, timing
 from .case import Case, Contender, Exact, Gap, Op, Problem
 from .memory import COUNTED, peak_bytes, tensor_bytes
 from .peers import failures, version
@@ -75,7 +75,10 @@ class Runner:
                     continue
                 if truth is None and problem.exact is not None:
                     truth = problem.exact()
-                self._pass(case, name, problem, waiting, truth, tells_value=name == op.PASSES[0])
+                if problem.once:
+                    self._once(case, name, problem, waiting, truth)
+                else:
+                    self._pass(case, name, problem, waiting, truth, tells_value=name == op.PASSES[0])
             del problem, truth
             gc.collect()
             if self.device == "cuda":
@@ -127,6 +130,31 @@ class Runner:
         for label, error in lost.items():
             self._lose(case, name, ready[label][0], error)
 
+    def _once(
+        self, case: Case, name: str, problem: Problem, waiting: Sequence[Contender | Gap], truth: Exact | None
+    ) -> None:
+        """A single run of each, which stands before the next begins."""
+        ceilings = self._ceiling(case)
+        for contender in waiting:
+            if isinstance(contender, Gap):
+                self._write(case, name, contender, {})
+                continue
+            try:
+                seconds, found, facts = once.measure(contender, self.clock, self.device)
+            except self._failures as error:
+                self._lose(case, name, contender, error)
+                continue
+            if contender.parts == 1:
+                facts |= errors(name, found, problem, truth)
+            if problem.tokens is not None:
+                facts["tokens_per_s"] = problem.tokens / seconds
+            speed = figures([seconds], problem.flops[name], problem.bytes[name], ceilings)
+            self._write(case, name, contender, {**facts, **self._about(contender), **speed})
+
+    def _about(self, contender: Contender) -> Row:
+        about = {"computes": contender.computes, "package": contender.package, "version": version(contender.package)}
+        return {**about, "memory_counted": COUNTED[self.device]}
+
     def _lose(self, case: Case, name: str, contender: Contender, error: Exception) -> None:
         self._write(case, name, _gap(contender, error), {})
         if isinstance(error, torch.AcceleratorError):
@@ -148,8 +176,7 @@ class Runner:
             del found
             facts["peak_mib"] = self._peak_mib(task)
             warm = self.clock(task)
-        about = {"computes": contender.computes, "package": contender.package, "version": version(contender.package)}
-        return task, {**facts, **about, "memory_counted": COUNTED[self.device]}, warm
+        return task, {**facts, **self._about(contender)}, warm
 
     def _peak_mib(self, task: timing.Task) -> float:
         state = task.prepare()

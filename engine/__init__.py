@@ -1,21 +1,26 @@
 """What makes a model run: loading, attention wiring, packing, generation, checkpoints."""
 
+from .adopted import Adopted, base_model
 from .completions import completion_hidden, completion_logprobs, completion_policy_loss
 from .generate import Completion, generate
 from .mesh import Mesh, ParallelConfig, make_mesh
 from .model import load_model, load_tokenizer
 from .packing import Group, PackedRow, pack_groups
+from .regrouped import Regrouped
 from .sampling import Sampling
 from .sequences import group_sequences
 from .vocab_parallel import vocab_parallel_logprob
 
 __all__ = [
+    "Adopted",
     "Completion",
     "Group",
     "Mesh",
     "PackedRow",
     "ParallelConfig",
+    "Regrouped",
     "Sampling",
+    "base_model",
     "completion_hidden",
     "completion_logprobs",
     "completion_policy_loss",

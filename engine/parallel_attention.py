@@ -32,7 +32,7 @@ from .ulysses import HeadExchange, Heads
 
 log = logging.getLogger("longreach.parallel")
 
-UNROUNDED = ("reference", "blockwise", "cpu", "triton")
+UNROUNDED = ("reference", "blockwise", "cpu", "triton", "gluon")
 """Backends whose partial results are as wide as they are asked for."""
 
 

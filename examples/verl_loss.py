@@ -26,10 +26,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import detach_tree
 from verl.workers.utils.losses import ppo_loss
 
-from longreach.engine import completion_logprobs, completion_policy_loss
-from longreach.engine.attention import NAME
-from longreach.engine.sequences import group_sequences, prompt_hash
-from longreach.engine.support import verify_model
+from longreach.engine import Adopted, Regrouped, completion_logprobs, completion_policy_loss
 
 KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 """verl's names. Its k3 is cut off at 10 for a token; ours isn't."""
@@ -42,9 +39,7 @@ class SharedPrefixEngine(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: Any) -> Any:
         if self.use_ulysses_sp:
             raise ValueError("this example has no Ulysses: set ulysses_sequence_parallel_size to 1")
-        module.set_attn_implementation(NAME)
-        if next(module.parameters()).device.type != "meta":  # other ranks wait for rank 0's weights
-            verify_model(module)
+        Adopted(module, verify=next(module.parameters()).device.type != "meta")  # other ranks wait for rank 0's weights
         module = super()._build_fsdp_module(module)
         # FSDP2 gathers weights around `forward` alone unless told; a function passes through its casts of arguments
         module.within = MethodType(lambda model, call: call(model), module)
@@ -52,18 +47,22 @@ class SharedPrefixEngine(FSDPEngineWithLMHead):
         return module
 
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> tuple[Tensor, dict[str, Any]]:
-        batch, output = Batch(micro_batch.to(get_device_id())), {}
+        data, output = micro_batch.to(get_device_id()), {}
+        batch, heat = regrouped(data), data["temperature"]
+        heat = batch.gather(heat) if isinstance(heat, Tensor) else heat
         with torch.autocast(get_device_name(), self._autocast_dtype, enabled=self._autocast_dtype != torch.float32):
             if not forward_only and is_vanilla(loss_function):
                 config = loss_function.keywords["config"]
-                loss, metrics = self.module.within(lambda model: batch.vanilla_loss(model, config))
+                loss, metrics = self.module.within(lambda model: vanilla_loss(model, batch, data, heat, config))
             else:
-                made = self.module.within(batch.logprobs)
-                output = {"log_probs": batch.nested(made.logp), "entropy": batch.nested(made.entropy)}
+                made = self.module.within(lambda model: completion_logprobs(model, batch.groups, temperature=heat))
+                offsets = data["input_ids"].offsets()
+                for name, values in (("log_probs", made.logp), ("entropy", made.entropy)):
+                    output[name] = torch.nested.nested_tensor_from_jagged(batch.predicted(values), offsets)
                 group = self.get_data_parallel_group()
                 loss, metrics = torch.ones((), device=get_device_id()), {}
                 if loss_function is not None:
-                    loss, metrics = loss_function(model_output=output, data=batch.data, dp_group=group)
+                    loss, metrics = loss_function(model_output=output, data=data, dp_group=group)
         return loss, {"model_output": detach_tree(output), "loss": loss.detach().item(), "metrics": metrics}
 
 
@@ -76,74 +75,38 @@ def is_vanilla(loss_function: Any) -> bool:
     return known_kl and config.policy_loss.get("loss_mode", "vanilla") == "vanilla"
 
 
-class Batch:
-    """A micro-batch of verl's as groups: neighbours of one prompt again, whatever order it came in."""
+def regrouped(data: Any) -> Regrouped:
+    sequences, r = data["input_ids"].unbind(), data["responses"]
+    own = r.offsets().diff() if r.is_nested else data["attention_mask"][:, -r.shape[1] :].sum(1)
+    return Regrouped(sequences, [len(ids) - n for ids, n in zip(sequences, own.tolist(), strict=True)])
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
-        responses = data["responses"]
-        own = (
-            responses.offsets().diff()
-            if responses.is_nested
-            else data["attention_mask"][:, -responses.shape[1] :].sum(1)
-        )
-        self.own, sequences = own.tolist(), data["input_ids"].unbind()
-        self.prompts = [len(ids) - r for ids, r in zip(sequences, self.own, strict=True)]
-        hashes = [prompt_hash(ids[:p]) for ids, p in zip(sequences, self.prompts, strict=True)]
-        self.order = sorted(range(len(sequences)), key=hashes.__getitem__)
-        self.groups = group_sequences([sequences[i].cpu() for i in self.order], [self.prompts[i] for i in self.order])
 
-    def of_tokens(self, x: Tensor) -> Tensor:
-        """[N] of a batch's values for each response token, padded on the right or nested, or for each response."""
-        rows = x.unbind()
-        return torch.cat(
-            [rows[i].expand(self.own[i]) if rows[i].ndim == 0 else rows[i][: self.own[i]] for i in self.order]
-        )
+def vanilla_loss(model: Any, batch: Regrouped, data: Any, heat: Any, config: Any) -> tuple[Tensor, dict[str, Any]]:
+    """`ppo_loss` of this batch, its share of the global one as verl counts it."""
+    keep, advantages = batch.gather(data["response_mask"]), batch.gather(data["advantages"])
+    if "rollout_is_weights" in data:
+        advantages = advantages * batch.gather(data["rollout_is_weights"])
+    kind, normalizer = aggregation(batch, data, keep, config)
+    loss, means = completion_policy_loss(
+        model, batch.groups, batch.gather(data["old_log_probs"]), advantages, kind=kind, normalizer=normalizer,
+        temperature=heat, keep=keep, clip_low=config.clip_ratio_low, clip_high=config.clip_ratio_high,
+        dual_clip=config.clip_ratio_c, entropy_weight=float(config.entropy_coeff),
+        ref_logp=batch.gather(data["ref_log_prob"]) if config.use_kl_loss else None,
+        kl_weight=config.kl_loss_coef if config.use_kl_loss else 0.0, kl=KL.get(config.kl_loss_type, "k3"),
+    )  # fmt: skip
+    told = {"actor/pg_clipfrac": "clip_ratio/region_mean", "actor/entropy": "entropy", "actor/kl": "kl"}
+    metrics = {name: Metric(AggregationType.MEAN, means[own].value) for name, own in told.items() if own in means}
+    return loss, {"actor/loss": Metric(AggregationType.SUM, loss.detach()), **metrics}
 
-    def nested(self, values: Tensor) -> Tensor:
-        """[N] as verl has the output of a model: over prompts too, each token's value where it is predicted."""
-        offsets = self.data["input_ids"].offsets()
-        starts = (offsets[:-1].cpu() + torch.tensor(self.prompts) - 1).tolist()
-        places = torch.cat([torch.arange(starts[i], starts[i] + self.own[i]) for i in self.order]).to(values.device)
-        flat = values.new_zeros(int(offsets[-1])).index_copy(0, places, values)
-        return torch.nested.nested_tensor_from_jagged(flat, offsets)
 
-    def temperature(self) -> Any:
-        heat = self.data["temperature"]
-        return self.of_tokens(heat) if isinstance(heat, Tensor) else heat
-
-    def logprobs(self, model: Any) -> Any:
-        return completion_logprobs(model, self.groups, temperature=self.temperature())
-
-    def vanilla_loss(self, model: Any, config: Any) -> tuple[Tensor, dict[str, Any]]:
-        """`ppo_loss` of this batch, its share of the global one as verl counts it."""
-        advantages = self.of_tokens(self.data["advantages"])
-        if "rollout_is_weights" in self.data:
-            advantages = advantages * self.of_tokens(self.data["rollout_is_weights"])
-        keep = self.of_tokens(self.data["response_mask"])
-        kind, normalizer = self._normalizer(config, keep)
-        loss, means = completion_policy_loss(
-            model, self.groups, self.of_tokens(self.data["old_log_probs"]), advantages, kind=kind, normalizer=normalizer,
-            temperature=self.temperature(), keep=keep, clip_low=config.clip_ratio_low, clip_high=config.clip_ratio_high,
-            dual_clip=config.clip_ratio_c, entropy_weight=float(config.entropy_coeff),
-            ref_logp=self.of_tokens(self.data["ref_log_prob"]) if config.use_kl_loss else None,
-            kl_weight=config.kl_loss_coef if config.use_kl_loss else 0.0, kl=KL.get(config.kl_loss_type, "k3"),
-        )  # fmt: skip
-        told = {"actor/pg_clipfrac": "clip_ratio/region_mean", "actor/entropy": "entropy", "actor/kl": "kl"}
-        metrics = {name: Metric(AggregationType.MEAN, means[own].value) for name, own in told.items() if own in means}
-        return loss, {"actor/loss": Metric(AggregationType.SUM, loss.detach()), **metrics}
-
-    def _normalizer(self, config: Any, keep: Tensor) -> tuple[str, float]:
-        """The kind that sums as `loss_agg_mode` does, and what it divides by; FSDP averages over ranks later."""
-        data, mode, ranks = self.data, config.loss_agg_mode, self.data["dp_size"]
-        if mode == "token-mean":
-            return "dapo", float(data["batch_num_tokens"] or keep.sum()) / ranks
-        if mode == "token-sum":
-            return "dapo", 1.0 / ranks
-        parts = keep.split([self.own[i] for i in self.order])
-        sequences = float(data["global_batch_size"] or sum(bool(part.any()) for part in parts)) / ranks
-        if mode == "seq-mean-token-mean":
-            return "grpo", sequences
-        mask = data["response_mask"]
-        width = max(self.own) if mask.is_nested else mask.shape[1]
-        return "dr_grpo", sequences * ((config.loss_scale_factor or width) if mode == "seq-mean-token-sum-norm" else 1)
+def aggregation(batch: Regrouped, data: Any, keep: Tensor, config: Any) -> tuple[str, float]:
+    """The kind that sums as `loss_agg_mode` does, and what it divides by; FSDP averages over ranks later."""
+    mode, ranks, mask = config.loss_agg_mode, data["dp_size"], data["response_mask"]
+    if mode in ("token-mean", "token-sum"):
+        return "dapo", (float(data["batch_num_tokens"] or keep.sum()) if mode == "token-mean" else 1.0) / ranks
+    parts = keep.split([batch.lengths[i] for i in batch.order])
+    sequences = float(data["global_batch_size"] or sum(bool(part.any()) for part in parts)) / ranks
+    if mode == "seq-mean-token-mean":
+        return "grpo", sequences
+    width = max(batch.lengths) if mask.is_nested else mask.shape[1]
+    return "dr_grpo", sequences * ((config.loss_scale_factor or width) if mode == "seq-mean-token-sum-norm" else 1)

@@ -15,11 +15,13 @@ Backends
     gluon       our experimental kernels for Hopper (`experimental/attention_gluon`), which no GPU has run: by name alone
     flash       torch's FlashAttention-2 operator: bf16 and fp16, rounds partial results
     cudnn       torch's cuDNN operator: as flash, head dimensions up to 128
+    flash-attn, fa3, fa4   FlashAttention-2, 3 and 4 where their packages are installed (`attention_flash`): as flash,
+                but with a deterministic backward
     auto        what was fastest on this kind of GPU (`attention_choice`); on a CPU cpu; fp64: reference while small,
                 else blockwise. The choice is logged once, by the logger longreach.attention
 
-All but flash and cudnn sum in a fixed order, so two runs are bitwise equal; `deterministic` refuses those two (auto
-passes them over). Sums are fp32 (fp64 for fp64 inputs); asking for an fp32 `out_dtype` or `grad_dtype` of bf16 inputs
+All but flash and cudnn sum in a fixed order, or do so when `deterministic` asks for it, so that two runs are bitwise
+equal; `deterministic` refuses those two (auto passes them over). Sums are fp32 (fp64 for fp64 inputs); asking for an fp32 `out_dtype` or `grad_dtype` of bf16 inputs
 gives unrounded partials. Autocast is ignored.
 Not differentiable by autograd: callers wrap forward and backward in one autograd function of their own.
 """
@@ -29,12 +31,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from . import attention_cuda
+from . import attention_cuda, attention_flash
 from . import attention_dense as dense
 from .attention_choice import BACKENDS as BACKENDS
 from .attention_choice import ROW_BACKENDS, choose, compute_dtype, gluon_backend, triton_backend
@@ -58,11 +61,13 @@ _ROW_FORWARD = {
     "flash": attention_cuda.flash_forward,
     "triton": lambda *arguments: triton_backend().forward(*arguments),
     "gluon": lambda *arguments: gluon_backend().forward(*arguments),
+    **{name: partial(attention_flash.forward, name) for name in attention_flash.PACKAGES},
 }
 _ROW_BACKWARD = {
     "flash": attention_cuda.flash_backward,
     "triton": lambda *arguments: triton_backend().backward(*arguments, deterministic=True),  # it always is
     "gluon": lambda *arguments: gluon_backend().backward(*arguments, deterministic=True),
+    **{name: partial(attention_flash.backward, name) for name in attention_flash.PACKAGES},
 }
 
 
@@ -162,7 +167,8 @@ def backward(
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if name in ROW_BACKENDS:
             tensors, bounds = (dout, q, k, v, out, lse), (call.bounds_q, call.bounds_k)
-            return _ROW_BACKWARD[name](*tensors, *bounds, causal, call.scale, grad_dtype)
+            options = {"deterministic": deterministic} if name in attention_flash.PACKAGES else {}
+            return _ROW_BACKWARD[name](*tensors, *bounds, causal, call.scale, grad_dtype, **options)
         return _by_rectangles(call, name, dout, q, k, v, out, lse, grad_dtype)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_cuda
+from . import attention_cuda, attention_flash
 
-BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "gluon", "flash", "cudnn")
-ROW_BACKENDS = frozenset({"triton", "gluon", "flash"})
+BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "gluon", "flash", "cudnn", "flash-attn", "fa3", "fa4")
+ROW_BACKENDS = frozenset({"triton", "gluon", "flash", *attention_flash.PACKAGES})
 """These take a whole row of segments; the others a rectangle of equal segments at a time."""
 UNMEASURED = ("flash", "blockwise")
 MEASURED: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -35,7 +35,7 @@ def choose(name: str, stage: str, q: Tensor, largest: int, deterministic: bool =
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
     if name != "auto":
-        reason = unsuited(name, q) or _unordered(name, stage, deterministic) or _one_way(name, stage, q)
+        reason = _refusal(name, stage, q, deterministic)
         if reason:
             way_out = _automatic(stage, q, largest, deterministic)
             raise ValueError(f"attention backend {name!r} can't do this: {reason}; use {way_out!r} or 'auto'")
@@ -45,10 +45,16 @@ def choose(name: str, stage: str, q: Tensor, largest: int, deterministic: bool =
     return chosen
 
 
+def _refusal(name: str, stage: str, q: Tensor, deterministic: bool) -> str | None:
+    return unsuited(name, q) or _unordered(name, stage, q, deterministic) or _one_way(name, stage, q)
+
+
 def unsuited(name: str, q: Tensor) -> str | None:
     """Why a backend can't take such queries (keys and values are like them), None if it can."""
     if name == "cpu":
         return None if q.device.type == "cpu" else f"it needs CPU tensors and these are on {q.device}"
+    if name in attention_flash.PACKAGES:
+        return attention_flash.unsuited(name, q)
     checks: dict[str, Callable[[Tensor], str | None]] = {
         "flash": attention_cuda.unsuited,
         "cudnn": attention_cuda.unsuited_cudnn,
@@ -86,8 +92,12 @@ def _one_way(name: str, stage: str, q: Tensor) -> str | None:
     return _unsuited_by(gluon_backend, q, backward=True) if name == "gluon" and stage == "backward" else None
 
 
-def _unordered(name: str, stage: str, deterministic: bool) -> str | None:
-    if deterministic and stage == "backward" and name in ("flash", "cudnn"):
+def _unordered(name: str, stage: str, q: Tensor, deterministic: bool) -> str | None:
+    if not deterministic or stage != "backward":
+        return None
+    if name in attention_flash.PACKAGES:
+        return attention_flash.unordered(name, q)
+    if name in ("flash", "cudnn"):
         return "its backward sums in no fixed order, and deterministic=True was asked for"
     return None
 
@@ -100,8 +110,7 @@ def _automatic(stage: str, q: Tensor, largest: int, deterministic: bool) -> str:
     if not q.is_cuda:
         return "blockwise"
     order = MEASURED.get(torch.cuda.get_device_name(q.device), {}).get(stage, UNMEASURED)
-    able = (name for name in order if not (unsuited(name, q) or _unordered(name, stage, deterministic)))
-    return next(able, "blockwise")
+    return next((name for name in order if not _refusal(name, stage, q, deterministic)), "blockwise")
 
 
 @lru_cache(maxsize=64)

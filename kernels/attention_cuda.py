@@ -53,7 +53,8 @@ def _longest(bounds: Bounds) -> int:
     return max(b - a for a, b in pairwise(bounds))
 
 
-def _arguments(bounds_q: Bounds, bounds_k: Bounds, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+def spans(bounds_q: Bounds, bounds_k: Bounds, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Cumulative lengths and the longest segment of both sides, as every flash-attention takes them."""
     return (
         _cumulative(bounds_q, device),
         _cumulative(bounds_k, device),
@@ -62,7 +63,7 @@ def _arguments(bounds_q: Bounds, bounds_k: Bounds, device: torch.device) -> tupl
     )
 
 
-def _without_keys(bounds_q: Bounds, bounds_k: Bounds) -> list[slice]:
+def without_keys(bounds_q: Bounds, bounds_k: Bounds) -> list[slice]:
     """Queries whose segment has no keys; the operator gives them lse = +inf."""
     spans = zip(pairwise(bounds_q), pairwise(bounds_k), strict=True)
     return [slice(a, b) for (a, b), (c, d) in spans if b > a and c == d]
@@ -80,9 +81,9 @@ def flash_forward(
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, E], rounded to q's dtype whatever `out_dtype` says, and lse [H, T] in fp32."""
     out, lse, *_ = aten._flash_attention_forward(
-        q, k, v, *_arguments(bounds_q, bounds_k, q.device), 0.0, causal, False, scale=scale
+        q, k, v, *spans(bounds_q, bounds_k, q.device), 0.0, causal, False, scale=scale
     )
-    for rows in _without_keys(bounds_q, bounds_k):
+    for rows in without_keys(bounds_q, bounds_k):
         out[rows], lse[:, rows] = 0.0, -torch.inf
     return out.to(out_dtype), lse
 
@@ -95,7 +96,7 @@ def flash_backward(
     nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there isn't
     lse = lse.float().masked_fill(lse == -torch.inf, torch.inf).contiguous()
     grads = aten._flash_attention_backward(
-        dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, *_arguments(bounds_q, bounds_k, q.device), 0.0, causal,
+        dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, *spans(bounds_q, bounds_k, q.device), 0.0, causal,
         nothing, nothing, scale=scale,
     )  # fmt: skip
     dq, dk, dv = (grad.to(grad_dtype) for grad in grads)

@@ -23,6 +23,7 @@ SMALL = {
     "attention": {"T": 24, "S": 24, "H": 4, "K": 2, "E": 8, "causal": 1},
     "step": {"P": 12, "G": 3, "R": 5, "layers": 1, "D": 64, "V": 40},
     "train_step": {"P": 12, "G": 3, "R": 5, "layers": 1, "D": 128, "V": 40},
+    "headline": {"P": 12, "G": 3, "R": 5, "layers": 1, "D": 64, "V": 40, "rank": 3},
 }
 ALLOWED = {"torch", "numpy", "transformers", "longreach", "bench"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +172,47 @@ def test_a_contender_that_takes_the_device_down_ends_the_run_and_is_passed_by(
         except torch.AcceleratorError:
             assert len(rows_of(first)) > before
     assert rows_of(first)["crashes", "both"]["reason"].startswith(results.CRASHED)
+
+
+def single(name: str, *, fails: bool = False, part: bool = False, ran: list[str] | None = None) -> Contender:
+    """For an op whose runs take minutes; `ran` is told of each run."""
+
+    def run() -> tuple[Tensor, ...]:
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+        if ran is not None:
+            ran.append(name)
+        return torch.autograd.grad((X * X).sum(), (X,))
+
+    def warm_up() -> None:
+        if ran is not None:
+            ran.append(f"{name}, warm")
+
+    one = {"part": run, "parts": 3} if part else {}
+    return Contender(name, "values", lambda: X * X, lambda: None, lambda _: run(), None, True, warm_up=warm_up, **one)
+
+
+def test_what_takes_minutes_runs_once(make_runner: Callable[..., Runner]) -> None:
+    """No rounds; a part's time is multiplied and the row says so; out of memory is a gap and the next goes on."""
+    ran: list[str] = []
+    contenders = (single("full", fails=True, ran=ran), single("whole", ran=ran), single("part", part=True, ran=ran))
+    made = op(*contenders)
+    problem = made.problem
+    made.problem = lambda case: replace(problem(case), once=True, tokens=50)
+    made.PASSES = ("both",)
+    runner = make_runner(least=30, most=40)
+    runner.run(made, [CASE])
+    rows = rows_of(runner)
+    assert rows["full", "both"]["reason"] == "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"
+    whole, part = rows["whole", "both"], rows["part", "both"]
+    assert (whole["parts"], whole["estimated"], part["parts"], part["estimated"]) == (1, False, 3, True)
+    assert part["median_s"] == 3 * part["part_s"] and part["tokens_per_s"] == 50 / part["median_s"]
+    assert whole["rounds"] == 1 and whole["gradient_errors"] == {"dx": 0}
+    # 400 bytes of the square, its gradient and the result at least
+    assert 400 <= whole["peak_mib"] * 2**20 < 8000
+    # on a CPU once for the time and once for the memory
+    assert ran == ["full, warm", *(["whole, warm"] + 2 * ["whole"]), *(["part, warm"] + 2 * ["part"])]
+    assert runner.report.failed == 1
+    again = make_runner()
+    again.run(made, [CASE])
+    assert again.report.standing == 2 and rows_of(again)["whole", "both"] == whole

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import results, stage
+from bench import ops, results, stage
 
 NOW = {"sources": "s1", "device": "GPU X", "torch": "2.11", "triton": "3.6", "tests": "t1"}
 GREEN = {"green": True, "commit": "abc", "summary": "4 passed", **NOW}
@@ -105,7 +106,8 @@ def test_a_new_folder_begins_with_what_is_committed(tmp_path: Path, monkeypatch:
 def test_an_unknown_stage_prints_the_usage(root: Path, tmp_path: Path) -> None:
     done = gpu_sh(root, tmp_path, "everything")
     assert done.returncode == 2
-    assert "bench/gpu.sh attention" in done.stderr
+    for name in ("check", *stage.STAGES):
+        assert f"bench/gpu.sh {name} " in done.stderr
     assert "set -euo" not in done.stderr
 
 
@@ -124,7 +126,7 @@ def test_stages_refuse_without_a_check_and_on_red(root: Path, tmp_path: Path) ->
 @without_gpu
 def test_stages_refuse_without_a_gpu(root: Path, tmp_path: Path) -> None:
     (tmp_path / "gpu-check.json").write_text(json.dumps({**GREEN, **stage.checked()}))
-    for name in ("attention", "check"):
+    for name in ("attention", "headline", "check"):
         done = gpu_sh(root, tmp_path, name)
         assert done.returncode == 2
         assert "no CUDA device" in done.stderr
@@ -138,6 +140,24 @@ def test_the_folders_are_importable_without_installing(root: Path, tmp_path: Pat
         assert not found.startswith(str(root))
         assert found.split("/")[-2] == name
         assert not Path(found).exists()  # the links are gone with the run
+
+
+def test_the_longest_of_the_headline_begins_first() -> None:
+    """What begins within the budget must end within the stage's time, and the longest takes minutes."""
+    lengths = [case.dims["P"] for case in ops.cases(ops.load_op("headline"), "headline", "cuda", "default")]
+    assert lengths == sorted(lengths, reverse=True) == [120 << 10, 64 << 10, 32 << 10, 16 << 10]
+
+
+def test_a_stage_measures_its_ops_into_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(stage.bench, "main", lambda command: given.append(command) or 0)
+    options = SimpleNamespace(stage="headline", out=tmp_path, shapes="default", commit="abc")
+    assert stage.run_ops(options) == 0  # type: ignore[arg-type]
+    (command,) = given
+    assert command[0] == "headline"
+    assert command[command.index("--out") + 1] == str(tmp_path / "gpu-headline.json")
+    assert int(command[command.index("--budget") + 1]) < stage.LIMIT_S
+    assert all(set(names) <= set(ops.NAMES) for names in stage.STAGES.values())
 
 
 def test_a_small_run_with_nothing_but_what_the_stages_need(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longreach.kernels import attention, attention_choice, attention_cuda
+from longreach.kernels import attention, attention_choice, attention_cuda, attention_flash
 
 
 def row(n: int = 12, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -132,13 +132,14 @@ def test_torchs_operators_take_our_arguments() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "flash", "cudnn"])
+@pytest.mark.parametrize("backend", ["triton", "flash", "cudnn", "flash-attn", "fa3", "fa4"])
 @pytest.mark.parametrize("width", [64, 96, 128, 256])
 @pytest.mark.parametrize("causal", [True, False])
 def test_on_the_gpu_with_an_out_and_lse_of_more_keys(backend: str, width: int, causal: bool) -> None:
     """Ragged segments, an empty one, grouped heads; then keys in two parts, each backward with the merged pair."""
-    if backend == "cudnn" and width > 128:
-        pytest.skip("cuDNN's backward takes head dimensions up to 128")
+    reason = attention_choice.unsuited(backend, torch.empty(1, 1, width, dtype=torch.bfloat16, device="cuda"))
+    if reason and backend in ("cudnn", *attention_flash.PACKAGES):
+        pytest.skip(reason)
     generator = torch.Generator("cuda").manual_seed(width)
 
     def draw(*shape: int) -> Tensor:
