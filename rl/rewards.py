@@ -1,7 +1,6 @@
 """The reward of a completion: max(rule, judge), or a function of yours with TRL's signature.
 
-The strict rule reads the announced answer and compares it (`answers.py`, `numbers.py`); `published` is the released
-QwenLong-L1 rule, kept for comparison. The judge is asked only where the rule gives less than 1. None means "no
+The rule reads the announced answer and compares it (`rules.py`). The judge is asked only where the rule gives less than 1. None means "no
 verdict": such a completion is left out of its group's statistics and never becomes a 0. Rewards are outcome only:
 no format reward, no process reward.
 """
@@ -16,36 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from . import answers as strict
+from .answers import after_thinking
 from .functions import checked_values, load_function, trl_columns
 from .judge import Case, Judge, JudgeConfig, make_judge
 from .prompts import question_of
-from .published import published_score
 from .rows import Example
+from .rules import NOT_JUDGED, SCORINGS, Verdict, check_scoring, rule_reward, score_example
 
-SCORINGS = ("strict", "published")
-# Reasons for which there is nothing to show a judge: it would be asked to guess.
-_NOT_JUDGED = frozenset(("placeholder", "empty", "truncated"))
+__all__ = ["SCORINGS", "Reward", "RewardConfig", "Scored", "Verdict", "make_reward", "rule_reward"]
+
+
 # Characters of a completion without announced answer that the judge sees.
 _TAIL = 500
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """score: 0.0 or 1.0. reason: correct | wrong | hedged | no_answer | placeholder | empty | truncated.
-
-    extracted: the announced answer, None if there is none.
-    """
-
-    score: float
-    reason: str
-    extracted: str | None
-
-
-@dataclass(frozen=True)
 class RewardConfig:
-    """rule: use the rule. scoring: strict | published. function: "module:function" or "path/file.py:function".
+    """rule: use the rule. scoring: one of `rules.SCORINGS`. function: "module:function" or "path/file.py:function".
 
     The reward is the maximum of the parts in use; for a function alone set rule to false.
     """
@@ -56,8 +43,7 @@ class RewardConfig:
     judge: JudgeConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.scoring not in SCORINGS:
-            raise ValueError(f"reward scoring {self.scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
+        check_scoring(self.scoring)
         if not (self.rule or self.function or self.judge):
             raise ValueError("no reward at all: set rule = true, or give a function or a judge")
 
@@ -69,48 +55,6 @@ class Scored:
     reward: float | None
     parts: dict[str, float | None]
     reason: str
-
-
-def rule_reward(
-    completion: str,
-    answers: Sequence[str],
-    *,
-    answer_type: str = "auto",
-    choices: Sequence[str] | None = None,
-    scoring: str = "strict",
-) -> Verdict:
-    """Score one completion against its gold answers by rule (QwenLong-L1, arXiv 2505.17667, eq. 12).
-
-    Any one gold answer suffices. The answer is what follows the last "answer is" or stands in the last `\\boxed{}`
-    after the last `</think>`; its first line. answer_type "auto" takes each gold answer for what it looks like.
-    Raises ValueError for no answers, an unknown answer_type or an unknown scoring.
-    """
-    answers = (answers,) if isinstance(answers, str) else answers
-    if not answers:
-        raise ValueError("no gold answers to compare with; give at least one")
-    if answer_type not in strict.ANSWER_TYPES:
-        raise ValueError(f"answer_type {answer_type!r} is unknown; choose one of {', '.join(strict.ANSWER_TYPES)}")
-    if scoring == "published":
-        score, extracted = published_score(completion, answers, answer_type)
-        unread = "truncated" if strict.after_thinking(completion) is None else "no_answer"
-        return Verdict(score, "correct" if score else unread if extracted is None else "wrong", extracted)
-    if scoring != "strict":
-        raise ValueError(f"scoring {scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
-    text = strict.after_thinking(completion)
-    if text is None:
-        return Verdict(0.0, "truncated", None)
-    extracted = strict.extract_answer(text)
-    if extracted is None:
-        return Verdict(0.0, "no_answer" if text.strip() else "empty", None)
-    form = strict.normal_form(extracted)
-    if strict.PLACEHOLDER in form:
-        return Verdict(0.0, "placeholder", extracted)
-    if any(strict.matches(extracted, gold, answer_type, choices) for gold in answers):
-        return Verdict(1.0, "correct", extracted)
-    if not form:
-        return Verdict(0.0, "empty", extracted)
-    hedged = strict.is_hedged(extracted, answers, answer_type, choices)
-    return Verdict(0.0, "hedged" if hedged else "wrong", extracted)
 
 
 def make_reward(config: RewardConfig, environ: Mapping[str, str] = os.environ) -> Reward:
@@ -153,7 +97,7 @@ class Reward:
         """
         assert len(examples) == len(prompts) == len(completions) == len(completion_ids) == len(finish_reasons)
         rules = [
-            self._rule(*row) if row[0].answers else None
+            score_example(*row, self.config.scoring) if row[0].answers else None
             for row in zip(examples, completions, finish_reasons, strict=True)
         ]
         wanted = [self.judge is not None and rule is not None and not self._settled(rule) for rule in rules]
@@ -172,23 +116,9 @@ class Reward:
         asked = [next(verdicts) if ask else None for ask in wanted]
         return [self._combine(*row) for row in zip(rules, wanted, asked, values, strict=True)]
 
-    def _rule(self, example: Example, completion: str, finish_reason: str) -> Verdict:
-        verdict = rule_reward(
-            completion,
-            example.answers,
-            answer_type=example.answer_type,
-            choices=example.choices,
-            scoring=self.config.scoring,
-        )
-        if finish_reason != "length" or self.config.scoring != "strict":
-            return verdict
-        # Cut by the length limit: the answer may go on ("12|34"), or may have been about to come.
-        cut = verdict.reason == "no_answer" or strict.is_cut(strict.after_thinking(completion) or "")
-        return Verdict(0.0, "truncated", verdict.extracted) if cut else verdict
-
     def _settled(self, rule: Verdict) -> bool:
         """Whether the judge has nothing to add."""
-        return rule.reason in _NOT_JUDGED or (self.config.rule and rule.score >= 1.0)
+        return rule.reason in NOT_JUDGED or (self.config.rule and rule.score >= 1.0)
 
     async def _gather(self, cases: list[Case], returned: Any) -> tuple[list[float | None], Any]:
         """(verdicts, what the user's function returned); an async function and the judge wait at the same time."""
@@ -207,7 +137,7 @@ class Reward:
         if self.config.rule:
             parts["rule"] = rule.score if rule else None
         if self.judge is not None:
-            nothing_to_judge = rule is not None and rule.reason in _NOT_JUDGED
+            nothing_to_judge = rule is not None and rule.reason in NOT_JUDGED
             parts["judge"] = 0.0 if nothing_to_judge and not self.config.rule else judged
         if self.function is not None:
             parts[self._name] = value
@@ -223,7 +153,7 @@ class Reward:
 
 
 def _prediction(completion: str, rule: Verdict) -> str:
-    return rule.extracted or (strict.after_thinking(completion) or "").strip()[-_TAIL:]
+    return rule.extracted or (after_thinking(completion) or "").strip()[-_TAIL:]
 
 
 def _run(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
