@@ -14,6 +14,7 @@ sees their tail) and on reasoning that opens in the prompt and never closes, whi
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
 
 # Characters of an answer that are read. A longer one says so in its text, and so matches nothing shorter.
@@ -31,11 +32,12 @@ _MARKER = re.compile(
     |\banswers?["*_`]{0,4}\s{0,3}[:：]
     |^[#*_\s]{0,8}final\s{1,3}answer[*_`:\s]{0,8}$
     |(?:答案|答え)[*_`\s]{0,4}(?:是|为|為|は|[:：])[*_`\s]{0,4}[:：]?
+    |<answer>
     |\\f?boxed\s{0,8}(?=\{)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 _SPACE = re.compile(r"[\s*_`]*(?=\s)\s*|\s*")
-_SPECIAL = re.compile(r"<[|｜][^<>\n]{0,60}[|｜]>|</?s>|<eos>|</?answer>", re.IGNORECASE)
+_SPECIAL = re.compile(r"<[|｜][^<>\n]{0,60}[|｜]>|</?s>|<eos>|</answer>", re.IGNORECASE)
 # A full stop after a digit may be a decimal point.
 _CLOSED = re.compile(r"""(?:(?<![\d.!?)"”\s])[.!?]|[)"”。！？])\s*$""")
 # Words between two statements that say how the second stands to the first: it corrects, concludes or restates.
@@ -85,7 +87,7 @@ def visible(text: str) -> str:
 
 def after_thinking(completion: str) -> str | None:
     """What follows the last closed reasoning; None if reasoning is still open at the end (the completion was cut)."""
-    tags = list(_THINKING.finditer(completion))
+    tags = _last(_THINKING, completion, 1)
     if not tags:
         return completion
     return completion[tags[-1].end() :] if tags[-1][1] else None
@@ -97,7 +99,7 @@ def extract(completion: str) -> Extraction:
     if text is None:
         return Extraction(None, "truncated", complete=False)
     text = visible(text)
-    markers = list(_MARKER.finditer(text))
+    markers = _last(_MARKER, text, _RIVALS)
     if not markers:
         return Extraction(None, "no_answer" if text.strip() else "empty", complete=False)
     found = _read(text, markers[-1])
@@ -118,15 +120,13 @@ def extract_answer(text: str) -> str | None:
     May be the empty string.
     """
     text = visible(text)
-    markers = list(_MARKER.finditer(text))
+    markers = _last(_MARKER, text, _RIVALS)
     return _read(text, markers[-1]).printed if markers else None
 
 
-def is_cut(text: str) -> bool:
-    """Whether the announced answer runs into the end of the text, so that a length limit may have cut it ("12|34")."""
-    text = visible(text)
-    markers = list(_MARKER.finditer(text))
-    return bool(markers) and not _read(text, markers[-1]).complete
+def _last(pattern: re.Pattern[str], text: str, count: int) -> list[re.Match[str]]:
+    """The last matches, in order; a text of a million marks holds no million match objects."""
+    return list(deque(pattern.finditer(text), maxlen=count))
 
 
 def _read(text: str, marker: re.Match[str]) -> Extraction:
@@ -159,7 +159,7 @@ def _braced(text: str) -> str:
 def _rivals(text: str, markers: list[re.Match[str]], last: str) -> bool:
     """Whether the statement before the last one, in the same paragraph, says something else and is not taken back."""
     end = markers[-1].start()
-    for before, after in zip(markers[-2:-_RIVALS:-1], markers[:-_RIVALS:-1], strict=False):
+    for before, after in zip(markers[-2::-1], markers[:0:-1], strict=True):
         between = text[before.end() : end]
         if len(between) > LONGEST or "\n\n" in between:
             return False
@@ -186,7 +186,9 @@ def clean(line: str) -> str:
     """Strip emphasis, LaTeX dress, quotes and final punctuation from one line of an answer."""
     long = len(line) > LONGEST
     line = " ".join(visible(line[:LONGEST]).split())
-    line = _LATEX_FRACTION.sub(r"\1/\2", _LATEX_TEXT.sub(r"\1", line))
+    for _ in range(3):  # each pass takes the innermost dress off
+        line = _LATEX_TEXT.sub(r"\1", line)
+    line = _LATEX_FRACTION.sub(r"\1/\2", line)
     for sign, plain in _LATEX_SIGNS.items():
         line = line.replace(sign, plain)
     line = _EMPHASIS.sub("", _LATEX_PLAIN.sub("", line))

@@ -52,7 +52,12 @@ def parse_date(text: str) -> Date | None:
     """The one date that `text` is, or None when it is none, no day of the calendar, or ambiguous."""
     if len(text) > _LONGEST:
         return None
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".").removeprefix("on ")
+    text = (
+        " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        .rstrip(".")
+        .removeprefix("on ")
+        .removeprefix("the ")
+    )
     weekday, comma, rest = text.partition(" ")
     named = next((day for day in _WEEKDAYS if weekday.rstrip(",.") in (day, day[:3])), None) if comma else None
     match = next((found for form in _FORMS if (found := form.fullmatch(rest if named else text))), None)

@@ -22,6 +22,9 @@ MOST_PARTS = 8
 MOST_ITEMS = 50
 
 _BULLET = re.compile(r"\s{0,8}(?:[-*•·]|\d{1,3}[.)])\s{1,8}")
+_RESERVE = re.compile(
+    r"^.{0,40}?\b(?:not|maybe|perhaps|possibly|probably|either|both|may be|might be|could be)\s", re.IGNORECASE
+)
 _LIST_SEPARATOR = re.compile(r",\s?(?:and|or|&)\s|,\s?|\s(?:and|&)\s|[、，]|和|与|與|及", re.IGNORECASE)
 
 
@@ -71,17 +74,15 @@ def candidates(answer: str, choices: Sequence[str] | None) -> list[str]:
     first = first_sentence(answer)
     rest = answer[len(first) :].strip(" .!?。！？")
     # "B. Paris" is an option with its letter, not a sentence and the next.
-    option = len(first) == 1 and first.isalpha() or normal_form(rest) in map(normal_form, choices or ())
+    option = (len(first) == 1 and first.isalpha()) or normal_form(rest) in map(normal_form, choices or ())
     return [answer] if not rest or option or hedges(rest) else [answer, clean(first)]
 
 
 def is_hedged(answer: str, golds: Sequence[str], answer_type: str, choices: Sequence[str] | None) -> bool:
     """Whether a wrong answer names a gold one among others ("Paris or London") or under reserve ("maybe Paris")."""
-    parts = [clean(part) for part in SEPARATOR.split(answer)[: MOST_PARTS + 1]]
-    if hedges(answer):
-        parts.append(re.sub(r"(?i)^.{0,40}?\b(?:not|maybe|perhaps|possibly|probably|either|may be|might be|could be)\s", "", answer))  # fmt: skip
-    named = (matches(part, gold, answer_type, choices) for part in parts if part and part != answer for gold in golds)
-    return any(named)
+    parts = [answer, *SEPARATOR.split(answer)[: MOST_PARTS + 1]]
+    parts = [clean(_RESERVE.sub("", part, count=1)) for part in parts]
+    return any(matches(part, gold, answer_type, choices) for part in parts if part and part != answer for gold in golds)
 
 
 def is_dump(answer: str, golds: Sequence[str]) -> bool:

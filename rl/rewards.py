@@ -1,8 +1,8 @@
 """The reward of a completion: max(rule, judge), or a function of yours with TRL's signature.
 
-The rule reads the announced answer and compares it (`rules.py`). The judge is asked only where the rule gives less than 1. None means "no
-verdict": such a completion is left out of its group's statistics and never becomes a 0. Rewards are outcome only:
-no format reward, no process reward.
+The rule reads the announced answer and compares it (`rules.py`, which has the published rules for comparison too). The
+judge is asked only where the rule gives less than 1. None means "no verdict": such a completion is left out of its
+group's statistics and never becomes a 0. Rewards are outcome only: no format reward, no process reward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .answers import after_thinking
+from . import answers as strict
 from .functions import checked_values, load_function, trl_columns
 from .judge import Case, Judge, JudgeConfig, make_judge
 from .prompts import question_of
@@ -23,7 +23,6 @@ from .rows import Example
 from .rules import NOT_JUDGED, SCORINGS, Verdict, check_scoring, rule_reward, score_example
 
 __all__ = ["SCORINGS", "Reward", "RewardConfig", "Scored", "Verdict", "make_reward", "rule_reward"]
-
 
 # Characters of a completion without announced answer that the judge sees.
 _TAIL = 500
@@ -50,11 +49,15 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class Scored:
-    """reward: None when there is no verdict. parts: one per part in use ("rule", "judge", the function's name)."""
+    """reward: None when there is no verdict. parts: one per part in use ("rule", "judge", the function's name).
+
+    reason: the rule's, or what the judge made of it. rule: the rule's own verdict; None without gold answers.
+    """
 
     reward: float | None
     parts: dict[str, float | None]
     reason: str
+    rule: Verdict | None = None
 
 
 def make_reward(config: RewardConfig, environ: Mapping[str, str] = os.environ) -> Reward:
@@ -97,7 +100,7 @@ class Reward:
         """
         assert len(examples) == len(prompts) == len(completions) == len(completion_ids) == len(finish_reasons)
         rules = [
-            score_example(*row, self.config.scoring) if row[0].answers else None
+            self._rule(*row) if row[0].answers else None
             for row in zip(examples, completions, finish_reasons, strict=True)
         ]
         wanted = [self.judge is not None and rule is not None and not self._settled(rule) for rule in rules]
@@ -115,6 +118,9 @@ class Reward:
         verdicts = iter(judged)
         asked = [next(verdicts) if ask else None for ask in wanted]
         return [self._combine(*row) for row in zip(rules, wanted, asked, values, strict=True)]
+
+    def _rule(self, example: Example, completion: str, finish_reason: str) -> Verdict:
+        return score_example(example, completion, finish_reason, self.config.scoring)
 
     def _settled(self, rule: Verdict) -> bool:
         """Whether the judge has nothing to add."""
@@ -146,14 +152,14 @@ class Reward:
         reason = rule.reason if rule else "no_gold"
         if asked and judged is None and (best is None or best < 1.0):
             # max(rule, unknown) is unknown: a 0 here would be a made-up label inside the group.
-            return Scored(None, parts, "judge_failed")
+            return Scored(None, parts, "judge_failed", rule)
         if judged is not None and rule is not None and judged > rule.score:
             reason = "judged_correct"
-        return Scored(best, parts, reason)
+        return Scored(best, parts, reason, rule)
 
 
 def _prediction(completion: str, rule: Verdict) -> str:
-    return rule.extracted or (after_thinking(completion) or "").strip()[-_TAIL:]
+    return rule.extracted or (strict.after_thinking(completion) or "").strip()[-_TAIL:]
 
 
 def _run(coroutine: Coroutine[Any, Any, _Result]) -> _Result:

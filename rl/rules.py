@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from .answers import Extraction, extract
 from .longbench import longbench_score
-from .matching import ANSWER_TYPES, candidates, is_dump, is_hedged, matches
+from .matching import ANSWER_TYPES, candidates, gold_type, is_dump, is_hedged, matches
 from .published import qwenlong_score
 from .rows import Example
 from .spans import normal_form
@@ -113,7 +113,9 @@ def _strict(
         said = candidates(found.answer, choices)
     if any(matches(one, gold, answer_type, choices, cover=cover) for one in said for gold in golds):
         return Verdict(1.0, "correct", found.answer)
-    if not normal_form(found.answer):
+    # An "a" is a letter where letters are asked for, and an article elsewhere.
+    letters = answer_type == "choice" or (answer_type == "auto" and gold_type(golds[0], choices) == "choice")
+    if not normal_form(found.answer) and not letters:
         return Verdict(0.0, "empty", found.answer)
     if is_dump(found.answer, golds):
         return Verdict(0.0, "dump", found.answer)

@@ -12,7 +12,7 @@ import pytest
 
 from longreach.rl.data import Example
 from longreach.rl.judge import Case
-from longreach.rl.rewards import Reward, RewardConfig, make_reward, rule_reward
+from longreach.rl.rewards import Reward, RewardConfig, Verdict, make_reward, rule_reward
 from longreach.rl.spans import normal_form
 
 
@@ -293,6 +293,8 @@ def test_judge_is_asked_only_where_the_rule_fails(verdict: float | None, reward:
     assert scored[0].parts == {"rule": 1.0, "judge": None}
     assert (scored[0].reward, scored[0].reason) == (1.0, "correct")
     assert scored[1].parts == {"rule": 0.0, "judge": verdict}
+    # What the rule said is kept where the judge has the last word.
+    assert scored[1].rule == Verdict(0.0, "wrong", "Berlin")
     assert (scored[1].reward, scored[1].reason) == (reward, reason)
 
 
