@@ -1,72 +1,149 @@
-"""Finding the answer in a completion and comparing it with the gold ones, strictly.
+"""Finding the final answer in a completion: text in, an `Extraction` out; nothing is compared here.
 
-Everything here is text in, text out. The rules are the reward of the recipe (QwenLong-L1, arXiv 2505.17667, eq. 12)
-without the holes of its released code: no substring match, no empty answer, no hedge, no slack in numbers. What a
-strict rule gives up is paraphrase: "New York" for "New York City" scores 0 here and is left to the judge.
+What counts is the last statement after the reasoning ("the answer is ...", "Final answer: ...", `\\boxed{...}`, 答案是,
+答えは; case-insensitive): its first line, without markdown, LaTeX dress, quotes and final punctuation, and without the
+parentheses that the template "(insert answer here)" puts around it. No answer, each with its own reason, are: reasoning
+that never closes, nothing announced, an empty slot, the template echoed back, and two statements side by side that
+disagree. A statement that takes an earlier one back ("No, the answer is ...") or concludes from it is not a rival.
+
+Bounds: marks are found in one pass over the text; of what follows a mark only `LONGEST` characters are read, and every
+pattern is linear on them, so that no completion is expensive. It gives up on answers that nothing announces (the judge
+sees their tail) and on reasoning that opens in the prompt and never closes, which looks like plain text.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Sequence
+from collections import deque
+from dataclasses import dataclass
 
-from .numbers import numbers_match, parse_number
+# Characters of an answer that are read. A longer one says so in its text, and so matches nothing shorter.
+LONGEST, CUT = 4000, " (cut)"
 
-ANSWER_TYPES = ("auto", "span", "number", "choice", "free")
-PLACEHOLDER = "insert answer here"
-# Characters of a line that are read as its answer: keeps the cost of a rule small whatever a policy writes. A longer
-# line says so in its text, and so matches nothing shorter.
-_LONGEST, _CUT = 4000, " (cut)"
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
+_LINE_ENDS = re.compile("\r\n?|[\u000b\u000c\u0085\u2028\u2029]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_THINKING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_MARKER = re.compile(
+    r"""\banswers?(?:\s{1,3}to\s{1,3}(?:the|this|your)\s{1,3}question)?[*_`\s]{1,8}(?:is|are)\b[*_`\s]{0,8}[:：]?
+    |\banswers?["*_`]{0,4}\s{0,3}[:：]
+    |^[#*_\s]{0,8}final\s{1,3}answer[*_`:\s]{0,8}$
+    |(?:答案|答え)[*_`\s]{0,4}(?:是|为|為|は|[:：])[*_`\s]{0,4}[:：]?
+    |<answer>
+    |\\f?boxed\s{0,8}(?=\{)""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+_SPACE = re.compile(r"[\s*_`]*(?=\s)\s*|\s*")
+_SPECIAL = re.compile(r"<[|｜][^<>\n]{0,60}[|｜]>|</?s>|<eos>|</answer>", re.IGNORECASE)
+# A full stop after a digit may be a decimal point.
+_CLOSED = re.compile(r"""(?:(?<![\d.!?)"”\s])[.!?]|[)"”。！？])\s*$""")
+# Words between two statements that say how the second stands to the first: it corrects, concludes or restates.
+_RESOLVED = re.compile(
+    r"\b(?:no|not|wait|actually|correct(?:ion|ed|ing)?|rather|instead|reflection|sorry|mistaken?|revis\w{0,4}|but|however"
+    r"|reconsider\w{0,3}|therefore|thus|so|hence|final(?:ly)?|conclusion|conclude|overall|equivalently|that is|which is"
+    r"|because|since|in other words)\b|i\.e\.|=|所以|因此|但|不",
+    re.IGNORECASE,
+)
+# Words that may stand between a mark and the next without being an answer; how many marks are looked back at.
+_BETWEEN = frozenset("the final so and correct a".split())
+_RIVALS = 8
+_EMPHASIS = re.compile(r"(?<![^\W_])[*`_]+(?=\S)|(?<=\S)[*`_]+(?![^\W_])")
+_LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)\s?\{([^{}]*)\}")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{(-?\d{1,20})\}\s?\{(\d{1,20})\}")
+_LATEX_PLAIN = re.compile(r"\\[,!;:]|\\[()\[\]]|\\(?:left|right)(?![a-zA-Z])")
+_LATEX_SIGNS = {"\\$": "$", "\\%": "%", "\\&": "&", "\\#": "#", "{,}": ",", "\\times": "×", "\\approx": "≈", "\\ ": " "}
+_OPENING = " :：\"'“‘«»「『|*_`~" + "\u00a0"
+_CLOSING = " .,;:!?\"'”’»」』。，、；：！？|*_`~" + "\u00a0"
+_SLOT = {"(": ")", "[": "]", "{": "}", "（": "）", "【": "】"}
+_PLACEHOLDER = re.compile(
+    r"[(\[{<（【\s]*(?:(?:please )?(?:insert|write|put|enter|your|the|final|an?) )*answer(?: here)?[)\]}>）】\s]*"
+    r"|.*\binsert (?:your |the )?answer here\b.*",
+    re.IGNORECASE,
+)
 
-_EMPHASIS = re.compile(r"[*`]+|(?<!\w)_+|_+(?!\w)")
-_MARKER = re.compile(r"\banswer[*_`\s]+is\b(?!n't)[*_`\s]*:?|\\boxed\s*(?=\{)", re.IGNORECASE)
-_SPECIAL = re.compile(r"<[|｜][^<>\n]{0,60}[|｜]>|</?s>|<eos>")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
-_ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=\S)")
-_YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
-_LETTER = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|([A-Z]))(?:\s*[.:)]\s*(.*))?", re.IGNORECASE | re.DOTALL)
-_SEPARATOR = re.compile(r"\s+(?:and/or|or|and)\s+|\s*[/;|]\s*|,\s+", re.IGNORECASE)
+
+@dataclass(frozen=True)
+class Extraction:
+    """answer: what is announced, None where there is none. reason: why it is no answer, None where it is one.
+
+    printed: the answer with the parentheses it stood in. block: with the lines below it up to a blank one, for lists.
+    complete: whether something closes it, so that no length limit can have cut it ("12|34").
+    """
+
+    answer: str | None
+    reason: str | None
+    printed: str = ""
+    block: str = ""
+    complete: bool = True
+
+
+def visible(text: str) -> str:
+    """Without zero-width characters, direction marks and fillers; control characters are spaces, line ends are \\n."""
+    return _CONTROL.sub(" ", _LINE_ENDS.sub("\n", _INVISIBLE.sub("", text)))
 
 
 def after_thinking(completion: str) -> str | None:
-    """What follows the last `</think>`; None if a `<think>` was opened and never closed (the completion was cut)."""
-    _, found, tail = completion.rpartition("</think>")
-    if found:
-        return tail
-    return None if "<think>" in completion else completion
+    """What follows the last closed reasoning; None if reasoning is still open at the end (the completion was cut)."""
+    tags = _last(_THINKING, completion, 1)
+    if not tags:
+        return completion
+    return completion[tags[-1].end() :] if tags[-1][1] else None
+
+
+def extract(completion: str) -> Extraction:
+    """The final answer of a completion, or the reason why there is none (see `rules.REASONS`)."""
+    text = after_thinking(completion)
+    if text is None:
+        return Extraction(None, "truncated", complete=False)
+    text = visible(text)
+    markers = _last(_MARKER, text, _RIVALS)
+    if not markers:
+        return Extraction(None, "no_answer" if text.strip() else "empty", complete=False)
+    found = _read(text, markers[-1])
+    if not found.answer:
+        reason = "empty"
+    elif _PLACEHOLDER.fullmatch(found.answer) or _PLACEHOLDER.fullmatch(found.printed):
+        reason = "placeholder"
+    elif len(markers) > 1 and _rivals(text, markers, found.answer):
+        reason = "rivals"
+    else:
+        reason = None
+    return Extraction(found.answer, reason, found.printed, found.block, found.complete)
 
 
 def extract_answer(text: str) -> str | None:
-    """The answer announced last by "answer is" or `\\boxed{}`: first line, without emphasis and final punctuation.
+    """The answer announced last in a text without reasoning, as it is printed; None when nothing is announced.
 
-    None when nothing is announced. May be the empty string.
+    May be the empty string.
     """
-    announced = _announced(text)
-    return announced[0] if announced else None
+    text = visible(text)
+    markers = _last(_MARKER, text, _RIVALS)
+    return _read(text, markers[-1]).printed if markers else None
 
 
-def is_cut(text: str) -> bool:
-    """Whether the announced answer runs into the end of the text, so that a length limit may have cut it ("12|34")."""
-    announced = _announced(text)
-    return announced is not None and not announced[1]
+def _last(pattern: re.Pattern[str], text: str, count: int) -> list[re.Match[str]]:
+    """The last matches, in order; a text of a million marks holds no million match objects."""
+    return list(deque(pattern.finditer(text), maxlen=count))
 
 
-def _announced(text: str) -> tuple[str, bool] | None:
-    """(answer, complete): complete when a line end, a closing mark or an end-of-text token follows the answer."""
-    markers = list(_MARKER.finditer(text))
-    if not markers:
-        return None
-    marker = markers[-1]
-    rest = text[marker.end() :].lstrip()
+def _read(text: str, marker: re.Match[str]) -> Extraction:
+    skipped = _SPACE.match(text, marker.end())
+    start = skipped.end() if skipped else marker.end()
+    rest = text[start : start + LONGEST + 1]
     if marker[0].startswith("\\"):
         content = _braced(rest)
-        return clean(content.partition("\n")[0]), len(content) + 1 < len(rest)
+        printed = clean(content.partition("\n")[0])
+        # A box is itself the slot: parentheses inside it are the number's own.
+        return Extraction(printed, None, printed, content, len(content) + 1 < len(rest))
     parts = _SPECIAL.split(rest, maxsplit=1)
     line, newline, _ = parts[0].partition("\n")
-    # A full stop after a digit may be a decimal point.
-    closed = re.search(r"""(?<!\d)[.!?)"”]\s*$""", line) is not None
-    return clean(line), bool(newline) or len(parts) > 1 or closed
+    block = parts[0].partition("\n\n")[0]
+    closed = bool(newline) or len(parts) > 1 or _CLOSED.search(line[-80:]) is not None
+    printed = clean(line)
+    return Extraction(unwrap(printed), None, printed, block, closed)
 
 
 def _braced(text: str) -> str:
@@ -79,117 +156,61 @@ def _braced(text: str) -> str:
     return text[1:]
 
 
+def _rivals(text: str, markers: list[re.Match[str]], last: str) -> bool:
+    """Whether the statement before the last one, in the same paragraph, says something else and is not taken back."""
+    end = markers[-1].start()
+    for before, after in zip(markers[-2::-1], markers[:0:-1], strict=True):
+        between = text[before.end() : end]
+        if len(between) > LONGEST or "\n\n" in between:
+            return False
+        own = text[before.end() : after.start()]
+        earlier = _words(clean(_braced(own.lstrip()) if before[0].startswith("\\") else first_sentence(own.lstrip())))
+        # "the answer is \boxed{...}" is one statement, and so is "the answer is: the answer is".
+        if earlier - _BETWEEN:
+            same = earlier <= _words(last) or _words(last) <= earlier
+            return not same and _RESOLVED.search(between) is None
+    return False
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence: one before a space and a capital, or one of East Asia."""
+    match = re.search(r"[.!?](?=\s+[^\Wa-z\d_])|[。！？]|[.!?]$", text.rstrip())
+    return text[: match.start()] if match else text
+
+
 def clean(line: str) -> str:
-    """Strip emphasis, LaTeX text wrappers, quotes and final punctuation from one line."""
-    line = " ".join(line.split())
-    line = line if len(line) <= _LONGEST else line[:_LONGEST] + _CUT
-    line = _LATEX_TEXT.sub(r"\1", _EMPHASIS.sub("", line)).replace("\\$", "$").replace("\\%", "%").replace("\\,", "")
-    if (
-        len(line) > 2
-        and line.count("$") == 2
-        and line.strip(" .,;:").startswith("$")
-        and line.rstrip(" .,;:").endswith("$")
-    ):
+    """Strip emphasis, LaTeX dress, quotes and final punctuation from one line of an answer."""
+    long = len(line) > LONGEST
+    line = " ".join(visible(line[:LONGEST]).split())
+    for _ in range(3):  # each pass takes the innermost dress off
+        line = _LATEX_TEXT.sub(r"\1", line)
+    line = _LATEX_FRACTION.sub(r"\1/\2", line)
+    for sign, plain in _LATEX_SIGNS.items():
+        line = line.replace(sign, plain)
+    line = _EMPHASIS.sub("", _LATEX_PLAIN.sub("", line))
+    bare = line.strip(" .,;:")
+    if len(bare) > 2 and bare[0] == bare[-1] == "$" and line.count("$") == 2:
         line = line.replace("$", "")
-    return line.strip().rstrip(" .,;:!?\"'”’»").lstrip(" :\"'“‘«")
+    line = line.strip().rstrip(_CLOSING).lstrip(_OPENING).lstrip("•·").strip()
+    while line.endswith((")", "]", "}")) and line.count(line[-1]) > line.count(
+        {")": "(", "]": "[", "}": "{"}[line[-1]]
+    ):
+        line = line[:-1].rstrip(_CLOSING)  # closes what opened before the statement
+    return line + CUT if long else line
 
 
-def normal_form(text: str) -> str:
-    """SQuAD normalisation in unicode: NFKC, case folded, no punctuation, no leading articles, single spaces.
-
-    Unlike SQuAD's it keeps what carries meaning beside digits ("1.5" is not "15", "12-5" not "125", "-5" not "5",
-    "5%" not "5") and after letters ("C++"), and keeps an article that ends the text ("vitamin A"). A text that is
-    nothing but punctuation or one article has the empty form, which matches nothing.
-    """
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(?<=\d)\s+%", "%", text)
-    text = re.sub(r"(?<=\d)[^\w\s.%](?=\d)", " ", text)
-    kept: list[str] = []
-    for index, letter in enumerate(text):
-        if unicodedata.category(letter)[0] not in "PS" or _means_something(text, index):
-            kept.append(letter)
-    words = " ".join("".join(kept).split())
-    words = _ARTICLE.sub("", words)
-    return "" if words in ("a", "an", "the") else words
-
-
-def _means_something(text: str, index: int) -> bool:
-    letter, before, after = text[index], text[index - 1 : index], text[index + 1 : index + 2]
-    if letter == ".":
-        return after.isdigit() and (before.isdigit() or not before.isalnum())
-    if letter == "-":
-        return (after.isdigit() or (after != "" and after in "$€£.")) and not before.isalnum()
-    if letter == "%":
-        return before.isdigit()
-    return letter in "+#" and (before.isalpha() or before in ("+", "#"))
-
-
-def yes_or_no(text: str) -> str | None:
-    """ "yes" or "no" for an answer that opens with one and holds no opposite word; None otherwise."""
-    match = re.match(r"\s*(yes|no|true|false)\s*(?:$|[,.;:!](.*))", text, re.IGNORECASE | re.DOTALL)
-    if match is None:
-        return None
-    verdict = _YES_NO[match[1].lower()]
-    rest = set(re.findall(r"[a-z]+", (match[2] or "").lower()))
-    return None if rest & {"yes", "no", "not", "true", "false", "or", "maybe"} else verdict
-
-
-def choice_letter(text: str, choices: Sequence[str] | None) -> str | None:
-    """The letter that an answer picks: "B", "(B)", "B. text", or the text of a choice; None if none or several.
-
-    A text after the letter must be that choice's own when the choices are known, and may not name another letter.
-    """
-    text = clean(text)
-    match = _LETTER.fullmatch(text)
-    if match is not None:
-        letter, rest = (match[1] or match[2]).upper(), (match[3] or "").strip()
-        if choices is not None:
-            index = ord(letter) - ord("A")
-            right = index < len(choices) and (not rest or normal_form(rest) == normal_form(choices[index]))
-            return letter if right else None
-        return None if re.search(r"(?:\(|\b)[A-Z](?:[.:)]|$)|\b(?:or|and)\s+[A-Z]\b", rest) else letter
-    form = normal_form(text)
-    same = [index for index, choice in enumerate(choices or ()) if form and normal_form(choice) == form]
-    return chr(ord("A") + same[0]) if len(same) == 1 else None
-
-
-def gold_type(gold: str, choices: Sequence[str] | None) -> str:
-    """What a gold answer is: choice | yes_no | number | span."""
-    if choices is not None or re.fullmatch(r"\(?[A-J]\)?\.?", gold.strip()):
-        return "choice"
-    if gold.strip(" .").lower() in _YES_NO:
-        return "yes_no"
-    number = parse_number(gold)
-    return "number" if number is not None and number.plain else "span"
-
-
-def matches(answer: str, gold: str, answer_type: str, choices: Sequence[str] | None) -> bool:
-    """Whether one extracted answer equals one gold answer under the strict rule of its type."""
-    kind = gold_type(gold, choices)
-    if answer_type == "choice" or (answer_type == "auto" and kind == "choice"):
-        letter = choice_letter(answer, choices)
-        return letter is not None and letter == choice_letter(gold, choices)
-    if kind == "yes_no":
-        return yes_or_no(answer) == _YES_NO[gold.strip(" .").lower()]
-    gold_number = (
-        parse_number(gold) if answer_type == "number" or (answer_type == "auto" and kind == "number") else None
-    )
-    if gold_number is not None:
-        number = parse_number(answer)
-        return number is not None and numbers_match(number, gold_number)
-    form = normal_form(gold)
-    return bool(form) and normal_form(_unwrap(answer)) == form
-
-
-def _unwrap(answer: str) -> str:
-    """The template prints its slot in parentheses, so "(Paris)" is "Paris"."""
-    return answer[1:-1] if answer.startswith("(") and answer.find(")") == len(answer) - 1 else answer
-
-
-def is_hedged(answer: str, golds: Sequence[str], answer_type: str, choices: Sequence[str] | None) -> bool:
-    """Whether a wrong answer names a gold one among others ("Paris or London")."""
-    parts = _SEPARATOR.split(answer)
-    return len(parts) > 1 and any(
-        part and matches(clean(part), gold, answer_type, choices) for part in parts for gold in golds
-    )
+def unwrap(answer: str) -> str:
+    """The template prints its slot in parentheses, so "(Paris)" is "Paris" and "(32.4)" is 32.4; one pair only."""
+    closing = _SLOT.get(answer[:1])
+    if closing is None or not answer.endswith(closing):
+        return answer
+    depth = 0
+    for index, letter in enumerate(answer):
+        depth += (letter == answer[0]) - (letter == closing)
+        if depth == 0:
+            return clean(answer[1:-1]) if index == len(answer) - 1 else answer
+    return answer

@@ -16,8 +16,10 @@ from .policy import Policy
 from .prompts import Prompt, question_of
 from .rewards import Reward
 from .rollouts import roll_out
+from .rules import check_scoring
 from .run import BatchLog
 from .seeds import derive
+from .side_by_side import accuracy_by_rule, rule_scores
 from .statistics import Estimate, accuracy, accuracy_by_bucket, bucket_of, pass_at
 
 Row = dict[str, Any]
@@ -27,6 +29,7 @@ Row = dict[str, Any]
 class EvalConfig:
     """`every` RL steps evaluates within a phase too (0: after each stage); `base` evaluates the untrained model first.
 
+    `rules` are scorings that every completion gets besides its reward, to be set side by side (`rl/side_by_side.py`; empty: none).
     `headline` names the benchmarks of the headline table (empty: all); `buckets` are upper bounds of the length
     buckets in tokens (empty: those of the phases, or of the SFT where there are none). `batch` questions are generated at a time.
     """
@@ -41,8 +44,11 @@ class EvalConfig:
     headline: tuple[str, ...] = ()
     buckets: tuple[int, ...] = ()
     batch: int = 64
+    rules: tuple[str, ...] = ("strict", "qwenlong-l1", "qwenlong-l1-eval", "longbench", "longbench-em")
 
     def __post_init__(self) -> None:
+        for scoring in self.rules:
+            check_scoring(scoring)
         if self.k < 1 or self.batch < 1:
             raise ValueError(f"eval.k and eval.batch must be at least 1, not {self.k} and {self.batch}")
         if self.temperature == 0.0 and self.k > 1:
@@ -103,6 +109,7 @@ def _evaluate_batch(
             "scores": [r.reward for r in g.rollouts],
             "reasons": [r.reason for r in g.rollouts],
             "rewards": [dict(r.rewards) for r in g.rollouts],
+            "rules": rule_scores(g, config.rules),
         }
         for g in groups
     ]
@@ -129,6 +136,7 @@ def summarize(
                 "pass_at": {str(k): pass_at(scores, k).mean for k in ks},
                 "pass_at_stderr": {str(k): pass_at(scores, k).stderr for k in ks},
                 "buckets": _buckets(mine, bounds),
+                "rules": {rule: _estimate(made) for rule, made in accuracy_by_rule(mine, config.rules).items()},
             }
         )
     return {

@@ -177,11 +177,17 @@ def _stage(row: Row) -> Row:
             **{key: number(benchmark.get(key)) for key in ("accuracy", "stderr", "n")},
             "pass_at": {str(k): number(value) for k, value in _object(benchmark.get("pass_at")).items()},
             "buckets": _buckets(benchmark.get("buckets")),
+            "rules": _rules(benchmark.get("rules")),
         }
         for benchmark in _objects(row.get("benchmarks"))
     ]
     numbers = {key: number(row.get(key)) for key in ("step", "k")}
     return {"name": row["name"], **numbers, "buckets": _buckets(row.get("buckets")), "benchmarks": benchmarks}
+
+
+def _rules(value: Any) -> Row:
+    keys = ("accuracy", "stderr", "n")
+    return {str(rule): {key: number(_object(made).get(key)) for key in keys} for rule, made in _object(value).items()}
 
 
 def _buckets(value: Any) -> list[Row]:

@@ -75,6 +75,8 @@ def _training_row(raw: Row, stage: str) -> Row:
         "advantage": number(raw.get("advantage")),
         "finish": str(raw.get("finish_reason")),
         "reason": _text_or_none(raw.get("reason")),
+        "rule_reason": _text_or_none(raw.get("rule_reason")),
+        "extracted": _text_or_none(raw.get("extracted")),
         "tokens": len(tokens) if isinstance(tokens, list) else None,
     }
 

@@ -1,10 +1,10 @@
 """The reward of a completion: max(rule, judge), or a function of yours with TRL's signature.
 
-The strict rule reads the announced answer and compares it (`answers.py`, `numbers.py`); `published` is the released
-QwenLong-L1 rule, kept for comparison. The judge is asked only where the rule gives less than 1, and of a share of the
-rest, which changes no reward and shows a rule that is gamed. Both work while other completions are still being generated
-(`scoring.py`). None means "no verdict": such a completion is left out of its group's statistics and never becomes a 0.
-Rewards are outcome only: no format reward, no process reward.
+The rule reads the announced answer and compares it (`rules.py`, which has the published rules for comparison too). The
+judge is asked only where the rule gives less than 1, and of a share of the rest, which changes no reward and shows a rule
+that is gamed. Both work while other completions are still being generated (`scoring.py`). None means "no verdict": such
+a completion is left out of its group's statistics and never becomes a 0. Rewards are outcome only: no format reward, no
+process reward.
 """
 
 from __future__ import annotations
@@ -24,31 +24,18 @@ from . import answers as strict
 from .functions import checked_values, load_function, trl_columns
 from .judge import Case, Judge, JudgeConfig, make_judge
 from .prompts import question_of
-from .published import published_score
 from .rows import Example
+from .rules import NOT_JUDGED, SCORINGS, Verdict, check_scoring, rule_reward, score_example
 from .scoring import Ended, Looked, Scoring
 
-SCORINGS = ("strict", "published")
-# Reasons for which there is nothing to show a judge: it would be asked to guess.
-_NOT_JUDGED = frozenset(("placeholder", "empty", "truncated"))
+__all__ = ["SCORINGS", "Reward", "RewardConfig", "Scored", "Verdict", "make_reward", "rule_reward"]
+
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """score: 0.0 or 1.0. reason: correct | wrong | hedged | no_answer | placeholder | empty | truncated.
-
-    extracted: the announced answer, None if there is none.
-    """
-
-    score: float
-    reason: str
-    extracted: str | None
-
-
-@dataclass(frozen=True)
 class RewardConfig:
-    """rule: use the rule. scoring: strict | published. function: "module:function" or "path/file.py:function".
+    """rule: use the rule. scoring: one of `rules.SCORINGS`. function: "module:function" or "path/file.py:function".
 
     The reward is the maximum of the parts in use; for a function alone set rule to false.
     """
@@ -59,61 +46,22 @@ class RewardConfig:
     judge: JudgeConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.scoring not in SCORINGS:
-            raise ValueError(f"reward scoring {self.scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
+        check_scoring(self.scoring)
         if not (self.rule or self.function or self.judge):
             raise ValueError("no reward at all: set rule = true, or give a function or a judge")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """reward: None when there is no verdict. parts: one per part in use ("rule", "judge", the function's name)."""
+    """reward: None when there is no verdict. parts: one per part in use ("rule", "judge", the function's name).
+
+    reason: the rule's, or what the judge made of it. rule: the rule's own verdict; None without gold answers.
+    """
 
     reward: float | None
     parts: dict[str, float | None]
     reason: str
-
-
-def rule_reward(
-    completion: str,
-    answers: Sequence[str],
-    *,
-    answer_type: str = "auto",
-    choices: Sequence[str] | None = None,
-    scoring: str = "strict",
-) -> Verdict:
-    """Score one completion against its gold answers by rule (QwenLong-L1, arXiv 2505.17667, eq. 12).
-
-    Any one gold answer suffices. The answer is what follows the last "answer is" or stands in the last `\\boxed{}`
-    after the last `</think>`; its first line. answer_type "auto" takes each gold answer for what it looks like.
-    Raises ValueError for no answers, an unknown answer_type or an unknown scoring.
-    """
-    answers = (answers,) if isinstance(answers, str) else answers
-    if not answers:
-        raise ValueError("no gold answers to compare with; give at least one")
-    if answer_type not in strict.ANSWER_TYPES:
-        raise ValueError(f"answer_type {answer_type!r} is unknown; choose one of {', '.join(strict.ANSWER_TYPES)}")
-    if scoring == "published":
-        score, extracted = published_score(completion, answers, answer_type)
-        unread = "truncated" if strict.after_thinking(completion) is None else "no_answer"
-        return Verdict(score, "correct" if score else unread if extracted is None else "wrong", extracted)
-    if scoring != "strict":
-        raise ValueError(f"scoring {scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
-    text = strict.after_thinking(completion)
-    if text is None:
-        return Verdict(0.0, "truncated", None)
-    extracted = strict.extract_answer(text)
-    if extracted is None:
-        return Verdict(0.0, "no_answer" if text.strip() else "empty", None)
-    form = strict.normal_form(extracted)
-    if strict.PLACEHOLDER in form:
-        return Verdict(0.0, "placeholder", extracted)
-    if any(strict.matches(extracted, gold, answer_type, choices) for gold in answers):
-        return Verdict(1.0, "correct", extracted)
-    if not form:
-        return Verdict(0.0, "empty", extracted)
-    hedged = strict.is_hedged(extracted, answers, answer_type, choices)
-    return Verdict(0.0, "hedged" if hedged else "wrong", extracted)
+    rule: Verdict | None = None
 
 
 def make_reward(
@@ -202,22 +150,11 @@ class Reward:
         return rule, None if accepted and not self._audited(case) else case
 
     def _rule(self, example: Example, completion: str, finish_reason: str) -> Verdict:
-        verdict = rule_reward(
-            completion,
-            example.answers,
-            answer_type=example.answer_type,
-            choices=example.choices,
-            scoring=self.config.scoring,
-        )
-        if finish_reason != "length" or self.config.scoring != "strict":
-            return verdict
-        # Cut by the length limit: the answer may go on ("12|34"), or may have been about to come.
-        cut = verdict.reason == "no_answer" or strict.is_cut(strict.after_thinking(completion) or "")
-        return Verdict(0.0, "truncated", verdict.extracted) if cut else verdict
+        return score_example(example, completion, finish_reason, self.config.scoring)
 
     def _shown(self, completion: str, rule: Verdict) -> str | None:
         """The answer as the judge sees it; None where it would have to guess."""
-        if rule.reason in _NOT_JUDGED:
+        if rule.reason in NOT_JUDGED:
             return None
         if rule.extracted is not None:
             return rule.extracted
@@ -245,10 +182,10 @@ class Reward:
         reason = rule.reason if rule else "no_gold"
         if looked.asked and judged is None and (best is None or best < 1.0):
             # max(rule, unknown) is unknown: a 0 here would be a made-up label inside the group.
-            return Scored(None, parts, "judge_failed")
+            return Scored(None, parts, "judge_failed", rule)
         if judged is not None and rule is not None and judged != rule.score:
             reason = "judged_correct" if judged > rule.score else "disputed" if self.config.rule else reason
-        return Scored(best, parts, reason)
+        return Scored(best, parts, reason, rule)
 
 
 async def _settle(value: Awaitable[Any]) -> Any:

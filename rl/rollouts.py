@@ -22,7 +22,8 @@ from .scoring import Ended, Scoring
 class Rollout:
     """One completion. `logprobs` are of the distribution sampled from; adding `kept_logmass` gives full-vocabulary ones.
 
-    `group` counts the groups of a step. `reward` None: no verdict. `advantage` None: not trained on (no verdict, or its group was left out as `used` says).
+    `group` counts the groups of a step. `rule_reason` is the rule's own code (`rules.REASONS`) and `extracted` the answer it read,
+    also where a judge overruled it and `reason` says so. `reward` None: no verdict. `advantage` None: not trained on (no verdict, or its group was left out as `used` says).
     """
 
     stage: str
@@ -39,6 +40,8 @@ class Rollout:
     rewards: Mapping[str, float | None]
     reward: float | None
     reason: str
+    rule_reason: str | None = None
+    extracted: str | None = None
     advantage: float | None = None
     used: bool = False
 
@@ -184,7 +187,8 @@ def _rollout(
         stage=stage, step=step, group=group, prompt_id=prompt.example.id, benchmark=prompt.example.benchmark,
         prompt_length=len(prompt.ids), completion_ids=completion.ids, completion=text, logprobs=completion.logprobs,
         kept_logmass=completion.kept_logmass, finish_reason=completion.finish_reason, rewards=score.parts,
-        reward=score.reward, reason=score.reason,
+        reward=score.reward, reason=score.reason, rule_reason=score.rule.reason if score.rule else None,
+        extracted=score.rule.extracted if score.rule else None,
     )  # fmt: skip
 
 

@@ -16,8 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .answers import ANSWER_TYPES, choice_letter, extract_answer, gold_type, normal_form
-from .numbers import parse_number
+from .answers import extract_answer
+from .choices import choice_letter, yes_or_no
+from .dates import parse_date
+from .matching import ANSWER_TYPES, gold_type, list_items
+from .numbers import parse_gold
+from .spans import normal_form
 
 Needs = Literal["answers", "response"]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -200,13 +204,21 @@ def _answers(row: Mapping[str, Any], choices: tuple[str, ...] | None, *, require
 
 def _check_answer(answer: str, answer_type: str, choices: tuple[str, ...] | None, column: str) -> None:
     kind = gold_type(answer, choices)
-    if answer_type == "number" and kind != "yes_no" and parse_number(answer) is None:
-        raise RowError(column, f"{answer[:80]!r} does not parse as a number, yet answer_type is number")
+    if answer_type.startswith("number") and kind != "yes_no" and parse_gold(answer) is None:
+        raise RowError(column, f"{answer[:80]!r} does not parse as a number, yet answer_type is {answer_type}")
+    for name, read in (("yes_no", yes_or_no), ("date", parse_date)):
+        if answer_type == name and read(answer) is None:
+            raise RowError(
+                column, f"{answer[:80]!r} is no {name}, yet answer_type is {name} (an ambiguous date is none)"
+            )
     if answer_type == "choice" or (answer_type == "auto" and kind == "choice"):
         if choice_letter(answer, choices) is None:
             among = f"none of the {len(choices)} choices" if choices else "no letter of a choice"
             raise RowError(column, f"{answer[:80]!r} is {among}")
-    elif answer_type != "number" and kind != "number" and not normal_form(answer):
+    elif answer_type == "list":
+        if not all(map(normal_form, list_items(answer))) or not list_items(answer):
+            raise RowError(column, f"{answer[:80]!r} has an item of nothing but punctuation, so nothing can match it")
+    elif not answer_type.startswith("number") and kind != "number" and not normal_form(answer):
         raise RowError(column, f"{answer[:80]!r} is nothing but punctuation or an article, so nothing can match it")
 
 

@@ -84,6 +84,7 @@ function drawAccuracy() {
     benchmarks.length > 0 && h("div", { class: "filters single" }, h("label", {}, "Questions", choice)), h("div", { class: "two" }, chart, numbers));
   redraw();
   if (benchmarks.length) drawBenchmarks(benchmarks);
+  if (benchmarks.length) drawRules(benchmarks);
 }
 
 function drawBenchmarks(benchmarks) {
@@ -96,6 +97,17 @@ function drawBenchmarks(benchmarks) {
       found.map((item) => h("td", {}, item ? [measured(item.accuracy, item.stderr), Object.entries(item.pass_at).filter(([k]) => k !== "1").map(([k, value]) => h("span", { class: "pm" }, `pass@${k} ${accuracyText(value)}`))] : "–")));
   });
   section("benchmarks", "Benchmarks", "Accuracy by benchmark", "All lengths together: mean score over samples ± standard error, and unbiased pass@k.", h("div", { class: "card scroll" }, table(head, rows)));
+}
+
+function drawRules(benchmarks) {
+  const measuredBy = (stage, name) => stage.benchmarks.find((item) => item.name === name)?.rules ?? {};
+  const rules = [...new Set(accuracy.stages.flatMap((stage) => benchmarks.flatMap((name) => Object.keys(measuredBy(stage, name)))))];
+  if (!rules.length) return;
+  const head = [h("th", { scope: "col" }, "benchmark"), h("th", { scope: "col", class: "text" }, "stage"), ...rules.map((rule) => h("th", { scope: "col" }, rule))];
+  const rows = benchmarks.flatMap((name) => accuracy.stages.filter((stage) => Object.keys(measuredBy(stage, name)).length).map((stage) => h("tr", {}, h("th", { scope: "row" }, name), h("td", { class: "text" }, stageName(stage.name)),
+    rules.map((rule) => { const made = measuredBy(stage, name)[rule]; return h("td", {}, made ? measured(made.accuracy, made.stderr) : "–"); }))));
+  section("rules", "Rules", "Strict and published rules side by side", "The same completions under each rule, mean ± standard error, without a judge. qwenlong-l1 is the released training reward (0 without a closed reasoning), qwenlong-l1-eval the released evaluation; longbench is F1, longbench-em equality. Where a published rule is far above the strict one, look at the completions.",
+    h("div", { class: "card scroll" }, table(head, rows)));
 }
 
 const CURVES = [
@@ -173,7 +185,8 @@ function completionRow(row, startsGroup) {
   const facts = [["prompt", row.prompt_id + (row.prompt_length === null ? "" : `, ${format(row.prompt_length)} tokens`)]];
   if (row.kind === "evaluation") facts.push(["question", row.question], ["answers", row.answers.join(" | ") || "–"]);
   for (const [part, value] of Object.entries(row.rewards ?? {})) facts.push(["reward " + part, value === null ? "no verdict" : format(value)]);
-  if (row.reason !== null) facts.push(["reason", row.reason]);
+  if (row.reason !== null) facts.push(["reason", row.reason + (row.rule_reason && row.rule_reason !== row.reason ? ` (the rule: ${row.rule_reason})` : "")]);
+  if (row.extracted) facts.push(["answer read", row.extracted]);
   if (row.cut) facts.push(["shown", `without ${format(row.cut)} characters of its middle`]);
   const details = h("details", { class: "row" + (startsGroup ? " new" : "") }, h("summary", {}, h("span", { class: "pill " + rewardKind(row.reward) }, row.reward === null ? "no verdict" : format(row.reward)), stageName(row.stage),
     h("span", {}, row.kind === "training" ? `step ${format(row.step)}` : "evaluation"), h("span", { class: "soft" }, row.benchmark), h("span", { class: "soft" }, row.prompt_id),

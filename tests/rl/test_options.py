@@ -301,6 +301,7 @@ EVALUATION: dict[str, dict[str, Any]] = {
     "headline": {"headline": ["odd"]},
     "buckets": {"buckets": [10, 20, 500]},
     "batch": {"batch": 2},
+    "rules": {"rules": ["cover"]},
 }
 
 

@@ -43,7 +43,9 @@ def rollout(stage: str, step: int, prompt: int, sample: int, completion: str) ->
         "rewards": {"rule": 1.0, "judge": None},
         "reward": float(sample % 2),
         "advantage": 0.35,
-        "reason": "exact",
+        "reason": "judged_correct",
+        "rule_reason": "wrong",
+        "extracted": EVIL,
     }
 
 
@@ -70,7 +72,8 @@ def evaluation(run: Path, stage: str, right: int) -> None:
     ]
     benchmark = {"name": "look-up", "headline": True, "accuracy": ACCURACY[stage], "stderr": None, "n": 8}
     whole = {"stage": stage, "step": 3, "k": 2, "chance": 0.0625, "buckets": buckets}
-    whole["benchmarks"] = [benchmark | {"pass_at": {"1": 0.5, "2": float("nan")}, "buckets": buckets}]
+    rules = {"strict": {"accuracy": 0.5, "stderr": 0.125, "n": 8}, "longbench": {"accuracy": float("nan"), "n": 0}}
+    whole["benchmarks"] = [benchmark | {"pass_at": {"1": 0.5, "2": float("nan")}, "buckets": buckets, "rules": rules}]
     (run / "evals" / f"{stage}.json").write_text(json.dumps(whole))
 
 
@@ -145,6 +148,22 @@ def test_numbers_shown_equal_the_inputs(run: Path) -> None:
     assert data["status"]["finished"] is True
     assert data["notes"] == []
     assert data["recipe"]["name"] == "tiny <b>"
+
+
+def test_rules_are_shown_side_by_side(run: Path) -> None:
+    for stage in collect(run)["accuracy"]["stages"]:
+        made = stage["benchmarks"][0]["rules"]
+        assert made == {
+            "strict": {"accuracy": 0.5, "stderr": 0.125, "n": 8},
+            "longbench": {"accuracy": None, "stderr": None, "n": 0},
+        }
+
+
+def test_a_runs_rollouts_show_what_the_rule_said(run: Path) -> None:
+    rows = [row for row in collect(run)["samples"]["rows"] if row["kind"] == "training"]
+    assert {(row["reason"], row["rule_reason"], row["extracted"]) for row in rows} == {
+        ("judged_correct", "wrong", EVIL)
+    }
 
 
 def test_difference_is_paired_by_question_within_buckets(run: Path) -> None:
@@ -355,7 +374,14 @@ def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:
     dom = done.stdout
     assert "<title>tiny &lt;b&gt; · tiny · Longreach run</title>" in dom
     shown = re.sub(r"<[^>]+>", " ", dom[dom.index("<main") : dom.index("</main>")])
-    for title in ("Accuracy by prompt length", "Learning curves", "Retrospective pool", "Completions", "Recipe"):
+    for title in (
+        "Strict and published rules side by side",
+        "Accuracy by prompt length",
+        "Learning curves",
+        "Retrospective pool",
+        "Completions",
+        "Recipe",
+    ):
         assert title in shown
     for value in ("0.719", "0.720", "± 0.031", "+0.250", "+0.500", "24 of 24 training completions"):
         assert value in shown

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from longreach.rl.answers import normal_form
 from longreach.rl.data import Example
 from longreach.rl.judge import Case, Judge, JudgeConfig
-from longreach.rl.rewards import Reward, RewardConfig, make_reward, rule_reward
+from longreach.rl.rewards import Reward, RewardConfig, Verdict, make_reward, rule_reward
+from longreach.rl.spans import normal_form
 
 
 def strict(answer: str, gold: str | list[str], answer_type: str = "auto", choices: list[str] | None = None) -> float:
@@ -25,7 +25,7 @@ def strict(answer: str, gold: str | list[str], answer_type: str = "auto", choice
 
 def published(answer: str, gold: str, answer_type: str) -> float:
     text = f"<think>hm</think>Therefore, the answer is {answer}."
-    return rule_reward(text, [gold], answer_type=answer_type, scoring="published").score
+    return rule_reward(text, [gold], answer_type=answer_type, scoring="qwenlong-l1").score
 
 
 # Every hole of the released code: (answer, gold, type, what the released rule gives).
@@ -45,7 +45,6 @@ HOLES = [
     ("1001", "1000", "number", 1.0),
     ("1002", "1000", "number", 0.0),
     ("0.004", "0.001", "number", 0.0),
-    ("(32.4)", "32.4", "number", 0.0),  # parentheses are a loss in accounts
 ]
 
 
@@ -61,14 +60,14 @@ def test_published_rule_reads_what_the_released_one_read() -> None:
     assert published("Berlin", "Paris", "span") == 0.0
     assert published("32.4", "32.4", "number") == 1.0
     assert published("approximately 5", "5", "number") == 0.0
-    choice = "The correct answer is (B)"
-    assert rule_reward(choice, ["B"], answer_type="choice", scoring="published").score == 1.0
-    assert rule_reward("The correct answer is C.", ["B"], answer_type="choice", scoring="published").score == 0.0
-    assert rule_reward("B", ["B"], answer_type="choice", scoring="published").score == 0.0
+    choice = "</think>The correct answer is (B)"
+    assert rule_reward(choice, ["B"], answer_type="choice", scoring="qwenlong-l1").score == 1.0
+    assert rule_reward("The correct answer is C.", ["B"], answer_type="choice", scoring="qwenlong-l1").score == 0.0
+    assert rule_reward("B", ["B"], answer_type="choice", scoring="qwenlong-l1").score == 0.0
     assert (
-        rule_reward("Therefore, The Answer Is Paris", ["Paris"], answer_type="span", scoring="published").score == 0.0
+        rule_reward("Therefore, The Answer Is Paris", ["Paris"], answer_type="span", scoring="qwenlong-l1").score == 0.0
     )
-    assert rule_reward("\\boxed{32.4}", ["32.4"], answer_type="number", scoring="published").score == 0.0
+    assert rule_reward("\\boxed{32.4}", ["32.4"], answer_type="number", scoring="qwenlong-l1").score == 0.0
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,9 @@ def test_empty_normal_form_matches_nothing() -> None:
         ("€1,577", "$1577.00", False),
         ("1.577 billion", "1577 million", True),
         ("1,577", "1577 million", False),
-        ("(1,234)", "-1234", True),
+        ("(1,234)", "-1234", False),  # the template's own parentheses; anything else would forgive the sign
+        ("(1,234)", "(1,234)", True),
+        ("((1,234))", "-1234", True),
         ("$(1,234)", "-1234", True),
         ("\u22121,234", "-1234", True),
         ("1,234", "-1234", False),
@@ -161,7 +162,7 @@ def test_empty_normal_form_matches_nothing() -> None:
         ("approximately 5", "5", True),
         ("5 or 6", "5", False),
         ("5-6", "5", False),
-        ("1.234,56", "1234.56", False),
+        ("1.234,56", "1234.56", True),
         ("1 234 567", "1234567", True),
         ("35 stores", "35", True),
         ("5 months", "5 years", False),
@@ -292,6 +293,8 @@ def test_judge_is_asked_only_where_the_rule_fails(verdict: float | None, reward:
     assert scored[0].parts == {"rule": 1.0, "judge": None}
     assert (scored[0].reward, scored[0].reason) == (1.0, "correct")
     assert scored[1].parts == {"rule": 0.0, "judge": verdict}
+    # What the rule said is kept where the judge has the last word.
+    assert scored[1].rule == Verdict(0.0, "wrong", "Berlin")
     assert (scored[1].reward, scored[1].reason) == (reward, reason)
 
 

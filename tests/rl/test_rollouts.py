@@ -23,6 +23,7 @@ from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.rewards import Reward, RewardConfig, make_reward
 from longreach.rl.rollouts import Rollout, RolloutGroup, Unjudged, regroup, roll_out
+from longreach.rl.rules import REASONS, score_example
 from longreach.rl.run import Stopwatch
 
 SAMPLING = Sampling(6, temperature=0.7, top_p=0.9)
@@ -248,3 +249,21 @@ def test_saved_completions_are_scored_and_not_sampled_again(
     assert again == fresh
     with pytest.raises(ValueError, match="other prompts"):
         roll_out(policy, judged(server), prompts[::-1], 3, SAMPLING, seed=7, stage="s", step=1, saved=saved)
+
+
+def test_the_rules_reason_lands_in_the_record(policy: Policy, make_prompts: Callable[..., list[Prompt]]) -> None:
+    """Whatever the untrained model writes, its line says what the rule made of it and which answer it read."""
+    prompts = [
+        replace(prompt, example=replace(prompt.example, answers=answers))
+        for prompt, answers in zip(make_prompts(5, 9), (("1",), ()), strict=True)
+    ]
+    groups = roll_out(policy, make_reward(RewardConfig(), {}), prompts, 2, SAMPLING, seed=7, stage="phase1", step=1)
+    for group in groups:
+        for rollout in group.rollouts:
+            line = json.loads(json.dumps(rollout.dump()))
+            if not group.prompt.example.answers:
+                assert (line["reason"], line["rule_reason"]) == ("no_gold", None)
+                continue
+            expected = score_example(group.prompt.example, rollout.completion, rollout.finish_reason, "strict")
+            assert (line["rule_reason"], line["extracted"]) == (expected.reason, expected.extracted)
+            assert line["reason"] == expected.reason in REASONS
