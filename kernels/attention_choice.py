@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import attention_cuda
+from .gpu import on_gpu
 
 BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "flash", "cudnn")
 ROW_BACKENDS = frozenset({"triton", "flash"})
@@ -82,11 +83,12 @@ def _unordered(name: str, stage: str, deterministic: bool) -> str | None:
 def _automatic(stage: str, q: Tensor, largest: int, deterministic: bool) -> str:
     if q.dtype == torch.float64:
         return "reference" if largest * q.shape[1] <= SMALL_SCORES else "blockwise"
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not on_gpu(q):
         return "cpu"
-    if not q.is_cuda:
+    if not on_gpu(q):
         return "blockwise"
-    order = MEASURED.get(torch.cuda.get_device_name(q.device), {}).get(stage, UNMEASURED)
+    name = torch.cuda.get_device_name(q.device) if q.is_cuda else ""  # a pretended GPU is one that wasn't measured
+    order = MEASURED.get(name, {}).get(stage, UNMEASURED)
     able = (name for name in order if not (unsuited(name, q) or _unordered(name, stage, deterministic)))
     return next(able, "blockwise")
 
