@@ -55,6 +55,9 @@ class StepTrace(TorchDispatchMode):
         for module in holding:
             for tensor in (*module.parameters(), *module.buffers()):
                 self._hold(tensor)
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    self._hold(parameter.grad)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,14 +105,36 @@ def _stays_real(made: Tensor) -> bool:
 
 
 def trace(model: Callable[[], nn.Module], step: Callable[[Any], object]) -> Traced:
-    """Runs step(model()) without memory; the caller pretends a GPU around it where one is meant."""
+    """Runs step(model()) without memory; the caller pretends a GPU around it where one is meant.
+
+    `model` is called with the meta device as default. Its trainable parameters get gradients before the step, which is
+    how every micro-batch but an update's first finds them.
+    """
+    with torch.device("meta"):
+        made = model()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        made = model()
+        _as_fake(made)
     with fake, StepTrace(made) as tracer:
         kept = step(made)
     del kept
     return tracer.made
+
+
+def _as_fake(model: nn.Module) -> None:
+    """Meta tensors become fake ones of the CPU, whose operators carry a device; shared ones stay shared."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in known:
+                    fake = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                    fake.grad = torch.empty_like(fake) if fake.requires_grad else None
+                    known[id(parameter)] = fake
+                module._parameters[name] = known[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def attention_pairs(queries: Sequence[int], keys: Sequence[int], causal: bool) -> int:
