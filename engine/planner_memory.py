@@ -138,6 +138,7 @@ def training_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
     cast = _cast_weights(shape, setting)
     moments["a layer's backward"] = {
         **state, "saved activations": saved + rope, "peak in a layer": running + _weight_peak(shape, setting) + cast.layer,
+        "loss workspace": _waiting_gradient(shape, setting),
     }  # fmt: skip
     moments["the loss"] = {
         **state, "saved activations": saved + rope, "loss workspace": loss_bytes(shape, setting, row) + cast.model,
@@ -181,6 +182,11 @@ def _cast_weights(shape: ModelShape, setting: Setting) -> _Cast:
     layer = 2.0 * shape.layer_matrices
     whole = shape.layers * layer
     return _Cast(whole, layer if setting.gradient_checkpointing else whole)
+
+
+def _waiting_gradient(shape: ModelShape, setting: Setting) -> float:
+    """A tied head's gradient waits through all layers for the embedding's, to be added to it."""
+    return float(setting.stored * shape.head_parameters) if shape.tied and setting.lora is None else 0.0
 
 
 def _weight_peak(shape: ModelShape, setting: Setting) -> float:

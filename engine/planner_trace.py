@@ -195,6 +195,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_backward,
     aten.mm: _product,  # torch's own formulas don't know the overloads with a wider result
     aten.addmm: _added_product,
+    aten.addmm_: _added_product,  # nor the one in place at all
 }
 """Operations of attention: 4 E a pair and head forward, 10 E backward, where scores are computed again."""
 
