@@ -13,8 +13,7 @@ weight is trained; an adapter (peft) an fp32 copy of its input; the gated MLP fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .planner_shape import ModelShape
@@ -106,21 +105,21 @@ class _Layer:
         for name in ("q_proj", "k_proj", "v_proj"):
             self._linear(name, "n1")
             if s.qk_norm and name != "v_proj":
-                self._norm(name, s.linears[name][1], self.how.size, stays=False)
+                self._norm(name, s.linears[name][1], self.how.size)
         self._used("n1")
         self._rope()
         self._attention()
         self._linear("o_proj", "out", last=True)
         ledger.drop("o_proj")
         ledger.hold("h1", r * s.hidden)
-        self._tiled(self._mlp)
-        if r < WIDE:
+        self._mlp()
+        if r < WIDE and not self.how.tile and not self.how.fused:
             ledger.drop("h1")  # the norm has a copy of its own
 
     def backward(self) -> None:
         ledger, s, r = self.ledger, self.shape, self.how.residual
         ledger.drop("g.wide")
-        self._tiled(self._mlp_backward)
+        self._mlp_backward()
         ledger.hold("g", r * s.hidden)
         ledger.drop("h1")
         self._linear_backward("o_proj", "out", "dout")
@@ -133,24 +132,39 @@ class _Layer:
         ledger.drop("n1")
         self._norm_backward("n1", "dn1", s.hidden, r)
 
-    def _tiled(self, run: Callable[[], None]) -> None:
-        """Norm and MLP: of all tokens, or tile by tile with nothing kept but their input, the residual stream."""
-        if not self.how.tile:
-            return run()
-        inner, ledger = _Layer(self.shape, self.how, self.p, self.keep), self.ledger
-        inner._mlp()
-        if run == self._mlp_backward:
-            inner.ledger.hold("g", 0.0)
-            inner._mlp_backward()
-            ledger.hold("dh1", self.how.residual * self.shape.hidden)
-            ledger.drop("dh1")
-        elif not self.keep:
-            ledger.hold("mlp", self.how.residual * self.shape.hidden)
-        ledger.pulse(self.how.tile * inner.ledger.peak)
-
     def _mlp(self) -> None:
-        ledger, b, inner = self.ledger, self.how.size, self.shape.inner
+        """Norm, gate, up, down. In pieces the MLP keeps its input alone, and is computed again piece by piece."""
         self._norm("n2", self.shape.hidden, self.how.residual)
+        if not self.how.tile:
+            return self._inner()
+        if not self.keep:
+            self.ledger.hold("mlp", self.how.residual * self.shape.hidden)
+            self.ledger.pulse(self.how.tile * self._piece(backward=False))
+        return None
+
+    def _mlp_backward(self) -> None:
+        ledger, residual = self.ledger, self.how.residual * self.shape.hidden
+        if self.how.tile:
+            ledger.hold("dn2", residual)
+            ledger.pulse(self.how.tile * self._piece(backward=True))
+            ledger.drop("n2")
+        else:
+            self._inner_backward()
+        self._norm_backward("n2", "dn2", self.shape.hidden, self.how.residual)
+        ledger.drop("dn2")
+
+    def _piece(self, backward: bool) -> float:
+        """The most that the MLP of one piece holds beside its input, a token of the piece."""
+        whole = replace(self.how, tile=0.0)
+        piece = _Layer(self.shape, whole, self.p, self.keep and backward)
+        piece._inner()
+        if backward:
+            piece.ledger.hold("out", self.how.residual * self.shape.hidden)
+            piece._inner_backward()
+        return piece.ledger.peak
+
+    def _inner(self) -> None:
+        ledger, b, inner = self.ledger, self.how.size, self.shape.inner
         self._linear("gate_proj", "n2")
         if not self.how.fused:
             ledger.hold("silu", b * inner)
@@ -166,7 +180,7 @@ class _Layer:
         if not self.trains or self.how.casts:
             ledger.drop("product")
 
-    def _mlp_backward(self) -> None:
+    def _inner_backward(self) -> None:
         ledger, b, inner = self.ledger, self.how.size, self.shape.inner
         self._linear_backward("down_proj", "product", "dproduct", grad="g", keep_grad=True)
         ledger.drop("product")
@@ -178,33 +192,35 @@ class _Layer:
         ledger.drop("dsilu", "gate_proj")
         self._linear_backward("gate_proj", "n2", "dn2", grad="dgate_proj")
         ledger.drop("n2")
-        self._norm_backward("n2", "dn2", self.shape.hidden, self.how.residual)
-        ledger.drop("dn2")
 
-    def _norm(self, name: str, width: int, size: int, stays: bool = True) -> None:
+    def _norm(self, name: str, width: int, size: int) -> None:
         """`name` becomes the norm's result, `name.x` and `name.y` what it keeps: fp32 input, normalised input."""
-        ledger = self.ledger
+        ledger, tile = self.ledger, self.how.tile or 1.0
         result = WIDE if self.how.casts else size  # fp32 weights times whatever is fp32
-        if self.how.fused:
-            ledger.hold(f"{name}.out", size * width)
-        else:
-            if size < WIDE:
-                ledger.hold(f"{name}.x", WIDE * width)
-            ledger.pulse(WIDE * width)  # the square, then the quotient
-            ledger.hold(f"{name}.y", size * width)
-            ledger.pulse(WIDE * width * (size < WIDE) + result * width)
-            if not self.trains:
-                ledger.drop(f"{name}.y")
-            if not self.keep:
-                ledger.drop(f"{name}.x")
-            ledger.hold(f"{name}.out", result * width)
-        ledger.held[name] = ledger.held.pop(f"{name}.out")
-        del stays
+        given = ledger.held.get(name, 0.0)
+        if self.how.fused or self.how.tile:
+            # the input itself is kept: a projection's, or the residual stream, which stands elsewhere
+            if self.keep and given:
+                ledger.held[f"{name}.x"] = ledger.held.pop(name)
+            ledger.pulse(result * width + (0 if self.how.fused else tile * 3 * WIDE * width))
+            ledger.hold(name, result * width)
+            return
+        if size < WIDE:
+            ledger.hold(f"{name}.x", WIDE * width)
+        ledger.pulse(WIDE * width)  # the square, then the quotient
+        ledger.hold(f"{name}.y", size * width)
+        ledger.pulse(WIDE * width * (size < WIDE) + result * width)
+        if not self.trains:
+            ledger.drop(f"{name}.y")
+        if not self.keep:
+            ledger.drop(f"{name}.x")
+        ledger.hold(name, result * width)
 
     def _norm_backward(self, name: str, grad: str, width: int, size: int) -> None:
         ledger = self.ledger
-        if self.how.fused:
-            ledger.pulse(size * width)
+        if self.how.fused or self.how.tile:
+            ledger.pulse(size * width + (0 if self.how.fused else self.how.tile * 6 * WIDE * width))
+            ledger.drop(f"{name}.x")
             return
         if self.trains:
             ledger.pulse(2 * size * width)
