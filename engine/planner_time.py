@@ -73,12 +73,14 @@ def update_work(shape: ModelShape, setting: Setting, row: Row, passes: int = 6) 
         if name in first:
             backward -= one
         # what stands last in a layer is computed again only for an adapter's sake
-        recomputed = again and not (name == "down_proj" and name not in adapters)
+        tiled = setting.tile_tokens > 0 and name in ("gate_proj", "up_proj", "down_proj")
+        recomputed = tiled or (again and not (name == "down_proj" and name not in adapters))
         products += layers * one * (2 if recomputed else 1) + backward
         if setting.lora is not None and name in adapters:
             small = 2.0 * t * setting.lora.rank
             low, high = small * wide_in, small * wide_out
-            products += layers * ((low + high) * 3 + (again * (low + (high if name != "down_proj" else 0))))
+            once_more = low + high * (name != "down_proj" or tiled)
+            products += layers * ((low + high) * 3 + (again or tiled) * once_more)
             if name in first:
                 products -= low
     pair = 4.0 * shape.q * row.pairs * layers
