@@ -14,6 +14,7 @@ weight is trained; an adapter (peft) an fp32 copy of its input; the gated MLP fo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from .planner_shape import ModelShape
@@ -72,6 +73,7 @@ class _Ledger:
         self.peak = max(self.peak, self.alive + size)
 
 
+@lru_cache(maxsize=4096)
 def layer_bytes(shape: ModelShape, how: Compute, prompt_share: float) -> LayerBytes:
     """Of one layer; `prompt_share` of the row's tokens are prompts."""
     kept = _Layer(shape, how, prompt_share)

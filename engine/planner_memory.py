@@ -50,6 +50,10 @@ class Setting:
     tile_tokens: int = 0
     liger: bool = False
     optimizer: str = "adamw"
+    serve: int = 0
+    """GPUs that a serving engine spreads the generator over; 0: the trainer's own model generates, whole on each GPU."""
+    reference: bool = False
+    """A frozen model beside the trained one, for a KL term."""
 
     @property
     def sp(self) -> int:
@@ -151,18 +155,19 @@ def training_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
     return _peak(moments, host)
 
 
-def state_parts(shape: ModelShape, setting: Setting) -> dict[str, float]:
-    """Weights, gradients and optimizer state: what stands from step to step."""
+def state_parts(shape: ModelShape, setting: Setting, *, gathered: bool = True) -> dict[str, float]:
+    """Weights, gradients and optimizer state: what stands from step to step, and what is gathered while layers run."""
     trained = trained_parameters(shape, setting)
     kept_of_trained = WIDE if setting.lora else setting.stored  # adapters are fp32
     weights = setting.stored * shape.parameters + (WIDE * trained if setting.lora else 0)
-    gathered = 0.0
-    if setting.sharded:
+    weights *= 1 + setting.reference
+    at_once = 0.0
+    if setting.sharded and gathered:
         layer = setting.computed * shape.layer_parameters
-        gathered = PREFETCHED * layer + setting.computed * shape.head_parameters * (1 if shape.tied else 2)
+        at_once = PREFETCHED * layer + setting.computed * shape.head_parameters * (1 if shape.tied else 2)
     gradients = kept_of_trained * trained / setting.shards
     return {
-        "weights": weights / setting.shards + gathered,
+        "weights": weights / setting.shards + at_once,
         "gradients": 0.0 if setting.optimizer == "adamw-offload" else gradients,
         "optimizer": OPTIMIZER_BYTES[setting.optimizer] * trained / setting.shards,
     }
@@ -233,15 +238,20 @@ def forward_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
 
 
 def generation_memory(shape: ModelShape, setting: Setting, cached_tokens: float, prompt: int) -> Memory:
-    """The local generator: weights whole on every GPU, keys and values of `cached_tokens`, prompts passing through."""
-    size = setting.computed
-    state = {**state_parts(shape, setting), "gradients": 0.0}
-    own = size * shape.parameters if setting.sharded else 0.0
-    how = compute_of(setting, max(prompt, PREFILL_TOKENS))
-    prefill = layer_bytes(shape, how, 1.0).forward * max(prompt, PREFILL_TOKENS)
+    """While completions are sampled: the generator's weights, keys and values of `cached_tokens`, prompts passing through.
+
+    The local generator is the trained model, gathered whole where it is sharded; a serving engine has weights of its own,
+    and spreads them and all else over its GPUs.
+    """
+    size, over = setting.computed, max(1, setting.serve)
+    state = {**state_parts(shape, setting, gathered=False), "gradients": 0.0}
+    own = size * shape.parameters / over if setting.sharded or setting.serve else 0.0
+    passing = max(prompt, PREFILL_TOKENS)
+    prefill = layer_bytes(shape, compute_of(setting, passing), 1.0).forward * passing
     parts = {
-        **state, "generator weights": own, "generator keys and values": cache_bytes(shape, size) * cached_tokens,
-        "peak in a layer": max(prefill, float(SAMPLING_BYTES)),
+        **state, "generator weights": own,
+        "generator keys and values": cache_bytes(shape, size) * cached_tokens / over,
+        "peak in a layer": max(prefill, float(SAMPLING_BYTES)) / over,
     }  # fmt: skip
     return Memory(parts, "generation", {"generation": sum(parts.values())})
 

@@ -9,8 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
 from .model import LoraConfig, read_config
 from .support import refuse_config
+
+
+class Unplannable(ValueError):
+    """A model that may well be trained, but whose memory and time no formula here knows."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +89,15 @@ def shape_of(config: Any) -> ModelShape:
     """The shape of a transformers configuration of a dense decoder.
 
     Raises:
-        ValueError: experts, or no widths that a decoder has.
+        Unplannable: experts, or no widths that a decoder has.
     """
     text = config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     if experts:
-        raise ValueError(f"{text.model_type} has {experts} experts a layer: only dense models can be planned")
+        raise Unplannable(f"{text.model_type} has {experts} experts a layer: only dense models can be planned")
     missing = [name for name in ("hidden_size", "intermediate_size", "num_hidden_layers") if not hasattr(text, name)]
     if missing:
-        raise ValueError(f"the configuration of {text.model_type} has no {missing[0]}: it can't be planned")
+        raise Unplannable(f"the configuration of {text.model_type} has no {missing[0]}: it can't be planned")
     heads = text.num_attention_heads
     return ModelShape(
         layers=text.num_hidden_layers,
@@ -106,6 +112,17 @@ def shape_of(config: Any) -> ModelShape:
         qkv_bias=text.model_type == "qwen2" or bool(getattr(text, "attention_bias", False)),
         window=getattr(text, "max_position_embeddings", 0) or 0,
     )
+
+
+def config_of(shape: ModelShape) -> Any:
+    """A transformers configuration of such a model: Qwen3 where heads are normalised, Qwen2 with biases, else Llama."""
+    cls: Any = Qwen3Config if shape.qk_norm else Qwen2Config if shape.qkv_bias else LlamaConfig
+    widths = {} if cls is Qwen2Config else {"head_dim": shape.head_dim}
+    return cls(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.key_heads, tie_word_embeddings=shape.tied,
+        max_position_embeddings=shape.window or 1 << 20, **widths,
+    )  # fmt: skip
 
 
 def _qwen(layers: int, hidden: int, inner: int, heads: int, vocab: int, window: int, **features: bool) -> ModelShape:

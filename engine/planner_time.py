@@ -12,7 +12,7 @@ held against nothing yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .planner_hardware import Gpu
 from .planner_layer import WIDE, layer_bytes
@@ -100,7 +100,7 @@ def forward_work(shape: ModelShape, row: Row) -> Work:
 
 def compute_time(shape: ModelShape, setting: Setting, gpu: Gpu, row: Row, work: Work, crossings: float) -> Time:
     """Seconds of `work` shared by the ranks of a row, with the buffers that cross memory beside it."""
-    how = compute_of(setting, row.tokens / setting.sp)
+    how = replace(compute_of(setting, row.tokens / setting.sp), tile=0.0)  # in pieces as much crosses memory
     held = layer_bytes(shape, how, row.prompt_tokens / row.tokens).saved * row.tokens * shape.layers
     parts = {
         "matrix products": (work.products + work.vocabulary) / (gpu.flops * gpu.products),
@@ -181,14 +181,12 @@ def prefill_time(shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int) -> 
 def decode_time(shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int, prompts: int, size: int, tokens: int) -> Time:
     """`tokens` steps of a batch of `prompts` groups of `size`: what a step reads, or its operators' launches.
 
-    Keys and values of a prompt are read once for its group.
+    Keys and values of a prompt are read once for its group; a serving engine's GPUs read their shares side by side.
     """
+    rate = gpu.bandwidth * gpu.memory_share * max(1, setting.serve)
     weights = setting.computed * (shape.parameters - shape.head_parameters * (not shape.tied))
     cached = cache_bytes(shape, setting.computed) * prompts * (prompt + size * tokens / 2)
-    parts = {
-        "weights read": weights / (gpu.bandwidth * gpu.memory_share),
-        "keys and values read": cached / (gpu.bandwidth * gpu.memory_share),
-    }
+    parts = {"weights read": weights / rate, "keys and values read": cached / rate}
     reading, launching = sum(parts.values()), LAUNCH_S * OPERATORS * shape.layers
     bound = max(parts, key=lambda part: parts[part]) if reading > launching else "launches"
     return Time(tokens * max(reading, launching), bound)
@@ -196,7 +194,7 @@ def decode_time(shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int, prom
 
 def sync_time(shape: ModelShape, setting: Setting, gpu: Gpu) -> Time:
     """Handing the generator new weights: nothing where it is the trainer's model itself, else one gather of all."""
-    if not setting.sharded:
+    if not (setting.sharded or setting.serve):
         return Time(0.0, "shared weights")
-    sent = setting.computed * shape.parameters * (setting.gpus - 1) / setting.gpus
+    sent = setting.computed * shape.parameters
     return Time(sent / link_rate(gpu, setting.gpus), "links")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -28,7 +29,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ..kernels import spend as _spend  # registers the operator
+from ..kernels.gpu import pretending
+from . import attention
+from .completions import completion_policy_loss
+from .packing import Group
+from .planner_memory import Setting
+from .planner_shape import Row
+
+del _spend
 aten = torch.ops.aten
 REAL_ELEMENTS = 1 << 20
 """Tensors made from nothing stay real up to this size: a row's numbers, never a layer's."""
@@ -137,6 +148,48 @@ def _as_fake(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
+def trace_step(config: PreTrainedConfig, setting: Setting, row: Row, *, capability: tuple[int, int] | None = (9, 0)) -> Traced:
+    """Forward and backward of one packed row by the engine's own step, in the model's own class, on one GPU.
+
+    Args:
+        capability: of the GPU that is pretended; None traces what a CPU does.
+
+    Raises:
+        ValueError: a setting of several GPUs, or one that moves tensors to a host: neither has a trace.
+    """
+    if setting.gpus > 1 or setting.sp > 1 or setting.offload_activations:
+        raise ValueError("only one GPU's step without offloading can be traced: the rest of a plan is formulas")
+    groups = [
+        Group(torch.zeros(row.prompt, dtype=torch.long), [torch.zeros(row.completion, dtype=torch.long)] * row.size)
+        for _ in range(row.groups)
+    ]
+    advantages = torch.ones(row.loss_rows)
+
+    def step(model: Any) -> None:
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16) if setting.autocast else nullcontext()
+        with autocast:
+            made = completion_policy_loss(
+                model, groups, None, advantages, kind="grpo", normalizer=1.0, shared_prefix=row.shared
+            )
+        made.loss.backward()
+
+    with pretending(capability) if capability else nullcontext():
+        return trace(lambda: _model(config, setting), step)
+
+
+def _model(config: PreTrainedConfig, setting: Setting) -> Any:
+    dtype = torch.float32 if setting.dtype == "float32" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    if setting.lora is not None:
+        from .lora import add_lora  # peft is an extra
+
+        add_lora(model, setting.lora)
+    model.train()
+    if setting.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
 def attention_pairs(queries: Sequence[int], keys: Sequence[int], causal: bool) -> int:
     """Pairs of a query and a key that cumulative lengths name; causal: without the half above the diagonal."""
     pairs = 0
@@ -179,6 +232,10 @@ def _cpu_backward(
     return _cpu_forward(q, k, v, dropout, causal) * 10 // 4
 
 
+def _spent(flops: int, **_: Any) -> int:
+    return flops
+
+
 def _product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return 2 * left.numel() * right.shape[-1]
 
@@ -189,6 +246,7 @@ def _added_product(total: Tensor, left: Tensor, right: Tensor, *_: Any, **__: An
 
 
 FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.longreach.spend: _spent,
     aten._flash_attention_forward: _flash_forward,
     aten._flash_attention_backward: _flash_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _cpu_forward,

@@ -1,7 +1,8 @@
 """The Triton backend of `linear_logprob` without its kernels: its buffers and its operations, for tensors without memory.
 
 Chosen in its place while a GPU is pretended (`gpu.pretending`): a trace then sees what the GPU would hold and do. Sizes of
-chunks and blocks are the Triton backend's own; `spend` tells a trace of products whose results never reach memory.
+chunks and blocks are the Triton backend's own; `spend` tells a trace of products whose results
+never reach memory.
 What it gives up: values, and the kernels' own scratch, which is registers and shared memory.
 """
 
@@ -13,24 +14,13 @@ from torch import Tensor
 from . import linear_logprob_triton as triton_backend
 from .gpu import tiles
 from .scores import Partial, Scores, Stats, Upstream
+from .spend import spend
 
 chunk_rows, block = triton_backend.chunk_rows, triton_backend.block
 PART = 128
 """Entries whose partial result is written out: a Hopper tile's half."""
 ROW_TERMS = 7
 """fp32 numbers a row that the gradient's kernels read."""
-
-torch.library.define("longreach::spend", "(int flops) -> ()")
-
-
-def spend(flops: int) -> None:
-    """Nothing, but a mode that counts operations sees it."""
-    torch.ops.longreach.spend(flops)
-
-
-@torch.library.impl("longreach::spend", "CompositeExplicitAutograd")
-def _spend(flops: int) -> None:
-    del flops
 
 
 def unit(scores: Scores, upstream: Upstream) -> None:
