@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ..engine.model import pick_device
 from ..engine.planner_shape import KNOWN, model_shape
-from ..kernels import linear_logprob
 from ..kernels.attention_choice import BACKENDS, choose, unsuited
 from ..kernels.linear_logprob import BACKENDS as LOSS_BACKENDS
+from ..kernels.linear_logprob import choose as choose_loss
 from .console import Console
 from .doctor_links import link_lines
 from .doctor_room import room_lines
@@ -78,6 +78,9 @@ def run_doctor(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], 
         raise ValueError(f"doctor takes no recipe keys, but got --{overrides[0][0]}")
     shape = model_shape(known.model)  # a name that is wrong is told before anything else
     device = pick_device()
+    links = link_lines(device)
+    if not links:
+        return 0  # another rank has the word
     needed = [look_at(name) for name in (*NEEDED, *(["triton"] if sys.platform == "linux" else []))]
     extras = [look_at(name) for name in EXTRAS]
     sections = {
@@ -86,7 +89,7 @@ def run_doctor(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], 
         "extras": [package.line for package in extras],
         "attention": attention_lines(device),
         "loss": loss_lines(device),
-        "links": link_lines(device),
+        "links": links,
         f"longest prompt of {known.model}": room_lines(shape),
         "next": [advice(needed, extras, device)],
     }
@@ -109,7 +112,8 @@ def look_at(name: str, ranges: Sequence[str] | None = None) -> Package:
     if not found:
         return Package(name, version, "its files are gone: install it again" if version else None)
     outside = _out_of_range(distribution, version, _requirements() if ranges is None else ranges)
-    return Package(name, version, _import_error(name) or outside)
+    works = name in sys.modules  # imported by this very program
+    return Package(name, version, (None if works else _import_error(name)) or outside)
 
 
 def _import_error(name: str) -> str | None:
@@ -177,20 +181,15 @@ def loss_lines(device: torch.device) -> list[str]:
     for name in LOSS_BACKENDS:
         if name != "auto":
             lines.append(f"{name}: {_loss_problem(name, x) or 'can run'}")
-    return [*lines, f"auto takes: {_loss_choice('auto', x)}"]
+    return [*lines, f"auto takes: {choose_loss('auto', x, x)}"]
 
 
 def _loss_problem(name: str, x: Tensor) -> str | None:
     try:
-        _loss_choice(name, x)
+        choose_loss(name, x, x)
     except ValueError as error:
         return str(error).partition("can't run here: ")[2].partition(";")[0] or str(error)
     return None
-
-
-def _loss_choice(name: str, x: Tensor) -> str:
-    chosen = sys.modules[linear_logprob.__module__]
-    return chosen.choose(name, x, x)
 
 
 def advice(needed: Sequence[Package], extras: Sequence[Package], device: torch.device) -> str:

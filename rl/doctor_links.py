@@ -14,7 +14,7 @@ WAIT = timedelta(seconds=60)
 
 
 def link_lines(device: torch.device) -> list[str]:
-    """From each rank to the next, one direction; every rank must call it. One process has no links."""
+    """From each rank to the next, one direction; every rank must call it, and rank 0 gets the answer. One process has no links."""
     if not dist.is_torchelastic_launched():
         return ["one process: start this with torchrun --nproc-per-node N -m longreach.rl.cli doctor to measure them"]
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -37,6 +37,8 @@ def _measure(device: torch.device, backend: str) -> list[str]:
     rates = [torch.empty_like(rate) for _ in range(ranks)]
     dist.all_gather(rates, rate)
     shown = ", ".join(f"{i} to {(i + 1) % ranks}: {value.item():.2f}" for i, value in enumerate(rates))
+    if rank:
+        return []
     return [f"{ranks} ranks over {backend}, all at once, GB/s: {shown}"]
 
 

@@ -114,10 +114,15 @@ def sweep_figure(plan: Plan, points: Sequence[Point], path: Path) -> Path:
             color=COLOURS[index % len(COLOURS)], linestyle="-" if index < len(COLOURS) else "--",
             label=f"{count:,} GPU{'s' * (count > 1)}",
         )  # fmt: skip
+        served = [point for point in line if point.best and point.best.setting.serve != plan.proposal.own.setting.serve]
+        left.plot(
+            [point.context for point in served], [point.seconds for point in served], marker="o", markersize=4,
+            linestyle="none", markerfacecolor="white", markeredgecolor=COLOURS[index % len(COLOURS)],
+        )  # fmt: skip
     best = {point.context: point.saved for point in points if point.best}
     right.plot(list(best), list(best.values()), marker="o", markersize=4, color=COLOURS[1])
     right.set_ylim(bottom=0)
-    _dress(left, "seconds of a step (planned)", logarithmic=True)
+    _dress(left, f"seconds of a step, planned (hollow: served over {SERVED} GPUs)", logarithmic=True)
     _dress(right, "FLOPs of the update: dense / shared", logarithmic=False)
     if counts:
         left.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2)
