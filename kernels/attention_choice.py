@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import attention_cuda, attention_flash
+from .gpu import on_gpu
 
 BACKENDS = ("auto", "reference", "blockwise", "cpu", "triton", "gluon", "flash", "cudnn", "flash-attn", "fa3", "fa4")
 ROW_BACKENDS = frozenset({"triton", "gluon", "flash", *attention_flash.PACKAGES})
@@ -105,11 +106,12 @@ def _unordered(name: str, stage: str, q: Tensor, deterministic: bool) -> str | N
 def _automatic(stage: str, q: Tensor, largest: int, deterministic: bool) -> str:
     if q.dtype == torch.float64:
         return "reference" if largest * q.shape[1] <= SMALL_SCORES else "blockwise"
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not on_gpu(q):
         return "cpu"
-    if not q.is_cuda:
+    if not on_gpu(q):
         return "blockwise"
-    order = MEASURED.get(torch.cuda.get_device_name(q.device), {}).get(stage, UNMEASURED)
+    name = torch.cuda.get_device_name(q.device) if q.is_cuda else ""  # a pretended GPU is one that wasn't measured
+    order = MEASURED.get(name, {}).get(stage, UNMEASURED)
     return next((name for name in order if not _refusal(name, stage, q, deterministic)), "blockwise")
 
 

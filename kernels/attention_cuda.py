@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .gpu import OLDEST, capability
+from .gpu import OLDEST, capability, on_gpu
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 def unsuited(q: Tensor, largest_head: int = LARGEST_HEAD) -> str | None:
     """Why these operators can't take such tensors, None if they can."""
-    if not q.is_cuda:
+    if not on_gpu(q):
         return f"the tensors are on {q.device.type}"
     if q.dtype not in HALF:
         return f"{q.dtype} is not one of bfloat16, float16"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 OLDEST = (8, 0)
 """Ampere: the first with bfloat16 products and asynchronous copies, for both of which the kernels are written."""
@@ -68,9 +71,36 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+_PRETENDED: ContextVar[tuple[int, int] | None] = ContextVar("pretended", default=None)
+
+
+@contextmanager
+def pretending(capability: tuple[int, int]) -> Iterator[None]:
+    """Within it, tensors without memory (fake ones) count as lying on a GPU of that capability.
+
+    Backends are then chosen and buffers made as there, on a machine without one: how a step is traced at full shape.
+    """
+    token = _PRETENDED.set(capability)
+    try:
+        yield
+    finally:
+        _PRETENDED.reset(token)
+
+
+def pretended(x: Tensor) -> bool:
+    """Whether `x` is a fake tensor that counts as a GPU's."""
+    return _PRETENDED.get() is not None and isinstance(x, FakeTensor)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or pretended(x)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; `INTERPRETER` for a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
+    """Compute capability of a CUDA device; `INTERPRETER` for a CPU, unless a GPU is pretended."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return _PRETENDED.get() or INTERPRETER
 
 
 def tiles(size: int, tile: int) -> int:
@@ -94,7 +124,7 @@ def unsuited(hidden: Tensor, weight: Tensor) -> str | None:
         return f"{hidden.dtype} is not one of bfloat16, float16, float32"
     if hidden.device != weight.device:
         return f"hidden is on {hidden.device} and weight on {weight.device}"
-    if hidden.is_cuda:
+    if on_gpu(hidden):
         return _unsuited_gpu(hidden.device)
     if not interpreted():
         return (

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from . import linear_logprob_torch
+from .gpu import on_gpu, pretended, unsuited
 from .scores import Scores, Stats, Upstream, finish
 from .sums import Gradients, Sums, Wanted, blocks
 
@@ -147,6 +148,10 @@ def scores_of(
 def backend_of(name: str, hidden: Tensor, weight: Tensor) -> ModuleType:
     """The module that computes these scores: partial, keep, gradient, kept_gradient, block, chunk_rows."""
     if choose(name, hidden, weight) == "triton":
+        if pretended(hidden):
+            from . import linear_logprob_traced
+
+            return linear_logprob_traced
         from . import linear_logprob_triton  # needs Triton, which only this backend does
 
         return linear_logprob_triton
@@ -157,10 +162,8 @@ def choose(name: str, hidden: Tensor, weight: Tensor) -> str:
     """The backend `name` stands for. ValueError if it is unknown or can't take these tensors."""
     if name not in BACKENDS:
         raise ValueError(f"unknown linear_logprob backend {name!r}: choose from {', '.join(BACKENDS)}")
-    if name in ("reference", "chunked") or (name == "auto" and not hidden.is_cuda):
+    if name in ("reference", "chunked") or (name == "auto" and not on_gpu(hidden)):
         return "chunked" if name == "auto" else name
-    from .gpu import unsuited
-
     reason = unsuited(hidden, weight)
     if reason is None:
         return "triton"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gpu import on_gpu
+
 TILE = 8192
 """Rows of a half-precision factor that are widened at once where they have to be."""
 
@@ -38,4 +40,4 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _unrounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     half = left.dtype in (torch.bfloat16, torch.float16)
-    return left.is_cuda and half and left.dtype == right.dtype and dtype == torch.float32
+    return on_gpu(left) and half and left.dtype == right.dtype and dtype == torch.float32

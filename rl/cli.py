@@ -1,7 +1,7 @@
 """The `longreach` command: one message and an exit status for whatever goes wrong, no traceback for a user's mistake.
 
 Exit status: 0 done, 2 wrong input (nothing was begun, or what is saved stands), 1 the machine failed (disk, gradients that
-aren't finite), 130 stopped by Ctrl-C.
+aren't finite; for `doctor`: something needed is broken), 3 `plan` found no setting that fits, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from .bench import run_bench
 from .config import dump
 from .console import Console
 from .curriculum import describe, phase_name
+from .doctor import add_doctor
 from .evaluate import evaluate
 from .passes import bucket_line, percent
+from .plan import check_fits
+from .plan_command import add_plan
 from .policy import Policy, model_source
 from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
@@ -88,9 +91,12 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="RUN",
                 help="train on the saved rollouts of another run, without generating",
             )
+            command.add_argument("--force", action="store_true", help="go on though the plan says that it can't fit")
     demo = commands.add_parser("demo", help="train the demo recipe (CPU, minutes)", allow_abbrev=False)
     demo.add_argument("--run-dir", type=Path)
-    demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False)
+    demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False, force=False)
+    add_plan(commands)
+    add_doctor(commands)
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)
@@ -128,6 +134,7 @@ def _train(known: argparse.Namespace, overrides: list[tuple[str, str]], console:
     if known.dry_run:
         _dry_run(recipe, console)
     else:
+        check_fits(recipe, console, force=known.force)
         train(recipe, known.run_dir or Path("runs") / recipe.name, replay=known.replay, console=console)
 
 

@@ -1,0 +1,267 @@
+"""Memory of one GPU, part by part, at each moment that can be the peak. Formulas alone: bytes from shapes and settings.
+
+    weights      parameters in their dtype; sharded, a rank's share, and what FSDP has gathered of it at once
+    gradients    of what trains, in its dtype: there from an update's first micro-batch to its last
+    optimizer    AdamW's two averages: 8 bytes a parameter, 2 with 8-bit states, none on the GPU if offloaded
+    saved        a checkpointed layer's input, D wide, or all that a layer keeps (`planner_layer`); offloaded, two layers'
+    layer peak   the layer that is computed again and differentiated
+    loss         a chunk of rows against the whole vocabulary, fp32 sums of the head's gradient, rows of hidden states
+    generator    weights of its own where the trainer's are sharded, keys and values of a batch, scores while sampling
+
+The moments: a layer's backward, the loss, generation. Tests hold the first two against a trace of the real step within
+10 %. What it gives up: the allocator's fragmentation and CUDA's context, for which `Gpu.usable` leaves room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .model import LoraConfig
+from .planner_layer import WIDE, Compute, LayerBytes, layer_bytes
+from .planner_shape import ModelShape, Row
+
+KEPT_BYTES = 2500 << 20
+"""Budget of a chunk of the loss on a GPU: `kernels.linear_logprob_triton.KEPT_BYTES`, which needs Triton to be read."""
+PART_BYTES = 3 * WIDE / 128
+"""Bytes a score that the parts' results of a chunk take."""
+SAMPLING_BYTES = 3 * (256 << 20)
+"""The generator's fp64 scores while it samples: `generate.LOGITS_BYTES`, with what is made of them."""
+PREFILL_TOKENS = 1 << 15
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * WIDE / 256, "adamw-offload": 0.0}
+"""A trained parameter's state on the GPU, by `optimizer.kind`; 8-bit states have one fp32 scale for 256 entries."""
+PREFETCHED = 2
+"""Layers whose weights FSDP holds gathered at once: the one that computes and the next."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How training is laid out, in the words of a recipe's keys; `gpus` are all ranks."""
+
+    gpus: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    shard: bool = True
+    dtype: str = "float32"
+    autocast: bool = False
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    tile_tokens: int = 0
+    liger: bool = False
+    optimizer: str = "adamw"
+    serve: int = 0
+    """GPUs that a serving engine spreads the generator over; 0: the trainer's own model generates, whole on each GPU."""
+    reference: bool = False
+    """A frozen model beside the trained one, for a KL term."""
+
+    @property
+    def sp(self) -> int:
+        return self.ring * self.ulysses
+
+    @property
+    def data(self) -> int:
+        return self.gpus // self.sp
+
+    @property
+    def sharded(self) -> bool:
+        return self.shard and self.gpus > 1
+
+    @property
+    def shards(self) -> int:
+        return self.gpus if self.sharded else 1
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a base weight as it is kept."""
+        return WIDE if self.dtype == "float32" else 2
+
+    @property
+    def computed(self) -> int:
+        """Bytes of an activation that meets a matrix."""
+        return 2 if self.autocast or self.dtype != "float32" else WIDE
+
+    @property
+    def mixed(self) -> bool:
+        """fp32 weights that FSDP gathers rounded: no fp32 residual stream, no casts inside the model."""
+        return self.autocast and self.sharded
+
+    @property
+    def residual(self) -> int:
+        """Bytes of an entry of the residual stream."""
+        return self.computed if self.mixed or not self.autocast else WIDE
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU by part at the peak's moment, and of its host."""
+
+    parts: Mapping[str, float]
+    moment: str
+    moments: Mapping[str, float]
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def trained_parameters(shape: ModelShape, setting: Setting) -> int:
+    return shape.parameters if setting.lora is None else shape.adapter_parameters(setting.lora)
+
+
+def compute_of(setting: Setting, tokens: float) -> Compute:
+    """How a layer computes under this setting, of a row of which a rank holds `tokens`."""
+    return Compute(
+        size=setting.computed,
+        residual=setting.residual,
+        frozen=setting.lora is not None,
+        adapters=frozenset(setting.lora.targets if setting.lora else ()),
+        fused=setting.liger,
+        tile=min(1.0, setting.tile_tokens / tokens) if setting.tile_tokens else 0.0,
+    )
+
+
+def training_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
+    """The peak of an update's later micro-batch, whose packed row is `row`."""
+    tokens = row.tokens / setting.sp
+    how = compute_of(setting, tokens)
+    layer = layer_bytes(shape, how, row.prompt_tokens / row.tokens)
+    state = state_parts(shape, setting)
+    rope = 2 * shape.head_dim * how.residual * tokens
+    input_bytes = how.residual * shape.hidden * tokens
+    moments: dict[str, dict[str, float]] = {}
+    if setting.gradient_checkpointing:
+        on_gpu = min(PREFETCHED, shape.layers) if setting.offload_activations else shape.layers
+        saved = on_gpu * input_bytes
+        running = layer.backward * tokens
+    else:
+        on_gpu = shape.layers
+        saved = on_gpu * layer.saved * tokens
+        running = (layer.backward - layer.saved) * tokens
+    cast = _cast_weights(shape, setting)
+    moments["a layer's backward"] = {
+        **state, "saved activations": saved + rope, "peak in a layer": running + _weight_peak(shape, setting) + cast.layer,
+        "loss workspace": _waiting_gradient(shape, setting),
+    }  # fmt: skip
+    moments["the loss"] = {
+        **state, "saved activations": saved + rope, "loss workspace": loss_bytes(shape, setting, row) + cast.model,
+    }  # fmt: skip
+    host = 0.0
+    if setting.offload_activations and setting.gradient_checkpointing:
+        host += shape.layers * input_bytes
+    if setting.optimizer == "adamw-offload":
+        host += (8 + WIDE) * trained_parameters(shape, setting) / setting.shards
+    return _peak(moments, host)
+
+
+def state_parts(shape: ModelShape, setting: Setting, *, gathered: bool = True) -> dict[str, float]:
+    """Weights, gradients and optimizer state: what stands from step to step, and what is gathered while layers run."""
+    trained = trained_parameters(shape, setting)
+    kept_of_trained = WIDE if setting.lora else setting.stored  # adapters are fp32
+    weights = setting.stored * shape.parameters + (WIDE * trained if setting.lora else 0)
+    weights *= 1 + setting.reference
+    at_once = 0.0
+    if setting.sharded and gathered:
+        layer = setting.computed * shape.layer_parameters
+        at_once = PREFETCHED * layer + setting.computed * shape.head_parameters * (1 if shape.tied else 2)
+    gradients = kept_of_trained * trained / setting.shards
+    return {
+        "weights": weights / setting.shards + at_once,
+        "gradients": 0.0 if setting.optimizer == "adamw-offload" else gradients,
+        "optimizer": OPTIMIZER_BYTES[setting.optimizer] * trained / setting.shards,
+    }
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Rounded copies of fp32 weights that autocast keeps: of the whole model in a forward, of a layer in its backward."""
+
+    model: float
+    layer: float
+
+
+def _cast_weights(shape: ModelShape, setting: Setting) -> _Cast:
+    if not setting.autocast or setting.mixed:
+        return _Cast(0.0, 0.0)
+    layer = 2.0 * shape.layer_matrices
+    whole = shape.layers * layer
+    return _Cast(whole, layer if setting.gradient_checkpointing else whole)
+
+
+def _waiting_gradient(shape: ModelShape, setting: Setting) -> float:
+    """A tied head's gradient waits through all layers for the embedding's, to be added to it."""
+    return float(setting.stored * shape.head_parameters) if shape.tied and setting.lora is None else 0.0
+
+
+def _weight_peak(shape: ModelShape, setting: Setting) -> float:
+    """The gradient of one matrix before it is added to what is there; sharded, of a layer before it is reduced."""
+    if setting.lora is not None:
+        return 0.0
+    if setting.sharded:
+        return float(setting.computed * shape.layer_parameters + WIDE * shape.layer_parameters)
+    return float(setting.computed * shape.hidden * shape.inner)
+
+
+def loss_bytes(shape: ModelShape, setting: Setting, row: Row) -> float:
+    """Beside what the layers have saved: the last norm, hidden rows, a chunk of scores, fp32 sums of the head's gradient.
+
+    A rank's share of the rows is taken: each sees its own, the vocabulary whole.
+    """
+    tokens, rows = row.tokens / setting.sp, row.loss_rows / setting.sp
+    how = compute_of(setting, tokens)
+    hidden, size = shape.hidden, how.residual
+    tile = how.tile or 1.0
+    norm = 0.0 if how.fused else (WIDE * (size < WIDE) + size * (setting.lora is None)) * hidden * tokens
+    states = size * hidden * tokens * (2 if not how.fused else 1) * tile + 2 * size * hidden * rows
+    chunk = min(rows, max(128.0, KEPT_BYTES // (shape.vocab * size) // 128 * 128))
+    scores = chunk * shape.vocab * (size + PART_BYTES) + chunk * hidden * (WIDE + size)
+    head_trains = setting.lora is None or "lm_head" in setting.lora.targets
+    sums = WIDE * shape.head_parameters if setting.lora is None and head_trains else 0
+    after = sums + size * shape.head_parameters if sums else 0.0  # the rounded gradient beside its fp32 sum
+    return norm + states + max(sums + scores, after)
+
+
+def forward_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
+    """Log-probs without gradients: of the old policy, of the reference."""
+    tokens, rows = row.tokens / setting.sp, row.loss_rows / setting.sp
+    how = compute_of(setting, tokens)
+    layer: LayerBytes = layer_bytes(shape, how, row.prompt_tokens / row.tokens)
+    state = {**state_parts(shape, setting), "gradients": 0.0}
+    entering = how.residual * shape.hidden * tokens + 2 * shape.head_dim * how.residual * tokens
+    parts = min(rows, 8192) * shape.vocab * PART_BYTES
+    moments = {
+        "a layer's forward": {**state, "peak in a layer": layer.forward * tokens + entering},
+        "log-probs": {**state, "loss workspace": parts + how.residual * shape.hidden * (tokens + rows)},
+    }
+    return _peak(moments, 0.0)
+
+
+def generation_memory(shape: ModelShape, setting: Setting, cached_tokens: float, prompt: int) -> Memory:
+    """While completions are sampled: the generator's weights, keys and values of `cached_tokens`, prompts passing through.
+
+    The local generator is the trained model, gathered whole where it is sharded; a serving engine has weights of its own,
+    and spreads them and all else over its GPUs.
+    """
+    size, over = setting.computed, max(1, setting.serve)
+    state = {**state_parts(shape, setting, gathered=False), "gradients": 0.0}
+    own = size * shape.parameters / over if setting.sharded or setting.serve else 0.0
+    passing = max(prompt, PREFILL_TOKENS)
+    prefill = layer_bytes(shape, compute_of(setting, passing), 1.0).forward * passing
+    parts = {
+        **state, "generator weights": own,
+        "generator keys and values": cache_bytes(shape, size) * cached_tokens / over,
+        "peak in a layer": max(prefill, float(SAMPLING_BYTES)) / over,
+    }  # fmt: skip
+    return Memory(parts, "generation", {"generation": sum(parts.values())})
+
+
+def cache_bytes(shape: ModelShape, size: int) -> int:
+    """Keys and values of one token."""
+    return 2 * shape.layers * shape.kv * size
+
+
+def _peak(moments: Mapping[str, Mapping[str, float]], host: float) -> Memory:
+    totals = {name: sum(parts.values()) for name, parts in moments.items()}
+    name = max(totals, key=lambda moment: totals[moment])
+    return Memory(moments[name], name, totals, host)
