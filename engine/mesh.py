@@ -105,6 +105,11 @@ class Mesh:
         return self.device_mesh["ring", "ulysses"]._flatten("sequence")
 
     @cached_property
+    def all(self) -> DeviceMesh:
+        """Every rank in one dimension: what weights are sharded over."""
+        return self.device_mesh._flatten("all")
+
+    @cached_property
     def sequence_group(self) -> dist.ProcessGroup:
         return self.sequence.get_group()
 
@@ -123,5 +128,5 @@ def make_mesh(config: ParallelConfig, device_type: str) -> Mesh:
         )
     shape = (ranks // config.sp, config.ring, config.ulysses)
     mesh = Mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES), config)
-    assert mesh.sequence.size() == config.sp  # made by all ranks now: later, not all may ask for it
+    assert mesh.sequence.size() == config.sp and mesh.all.size() == ranks  # made by all ranks now: later, not all may ask for it
     return mesh
