@@ -87,6 +87,7 @@ def generate(
     batch_tokens: int = GeneratorConfig.batch_tokens,
     backend: str = "auto",
     on_done: Callable[[int], object] = lambda count: None,
+    share: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """G completions of each prompt.
 
@@ -96,6 +97,8 @@ def generate(
         seed: of this call alone; the same call gives the same completions.
         batch_tokens: prompts are batched so that cached keys (P padded + G * max_completion for each) stay below it.
         on_done: told how many completions have just ended, for a progress bar.
+        share: indices of the prompts that are this rank's; only theirs are generated and given, in that order, and they
+            are what the whole call would have made of them.
 
     Raises:
         ValueError: a prompt is no LongTensor or empty, `group_size` is below 1, or a single prompt with its
@@ -105,15 +108,17 @@ def generate(
         raise ValueError(f"group_size must be at least 1, not {group_size}")
     groups = [Group(prompt, ()) for prompt in prompts]
     seeds = torch.randint(2**63 - 1, (len(groups),), generator=torch.Generator().manual_seed(seed)).tolist()
+    mine = list(range(len(groups))) if share is None else list(share)
     results: dict[int, list[Completion]] = {}
     with evaluating(model):
-        for batch in _batches([g.tokens for g in groups], group_size * sampling.max_completion, batch_tokens):
+        for places in _batches([groups[i].tokens for i in mine], group_size * sampling.max_completion, batch_tokens):
+            batch = [mine[place] for place in places]
             uniform = torch.cat([_stream(seeds[i], group_size, sampling.max_completion) for i in batch])
             made = _generate_batch(
                 model, [groups[i] for i in batch], group_size, sampling, frozenset(stop_ids), uniform, backend, on_done
             )
             results.update(zip(batch, made, strict=True))
-    return [results[i] for i in range(len(groups))]
+    return [results[i] for i in mine]
 
 
 @contextmanager

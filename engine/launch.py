@@ -88,11 +88,9 @@ class Job:
         if self.watchdog is not None:
             self.watchdog.note(operation, step)
 
-    def fail(self, text: str, status: int) -> int:
-        """Says why the run ends, once for all ranks, and ends the others; gives `status`."""
-        if self.watchdog is None or self.watchdog.fail(text, status):
-            print(f"longreach: {text}", file=sys.stderr, flush=True)
-        return status
+    def fail(self, text: str, status: int) -> bool:
+        """Ends the other ranks; whether this one was the first to fail, so that it is the one to say why."""
+        return self.watchdog is None or self.watchdog.fail(text, status)
 
     def _await_all(self, watchdog: Watchdog, timeout_s: float) -> None:
         until = time.monotonic() + timeout_s

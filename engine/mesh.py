@@ -128,5 +128,7 @@ def make_mesh(config: ParallelConfig, device_type: str) -> Mesh:
         )
     shape = (ranks // config.sp, config.ring, config.ulysses)
     mesh = Mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES), config)
-    assert mesh.sequence.size() == config.sp and mesh.all.size() == ranks  # made by all ranks now: later, not all may ask for it
+    assert (
+        mesh.sequence.size() == config.sp and mesh.all.size() == ranks
+    )  # made by all ranks now: later, not all may ask for it
     return mesh

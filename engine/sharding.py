@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .mesh import Mesh
@@ -131,41 +131,6 @@ def place(model: PreTrainedModel, mesh: Mesh | None, *, compute: torch.dtype | N
         return ShardedWeights(model, mesh, compute=compute, device=device)
     nn.Module.to(model, device)
     return Weights(model, mesh)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A weight or a state whole, on every rank; a collective call for what is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def fill(into: Tensor, from_whole: Tensor) -> None:
-    """Copies a whole tensor into a weight or state, each rank its own shard; no communication."""
-    if isinstance(into, DTensor):
-        shard = distribute_tensor(from_whole, into.device_mesh, into.placements, src_data_rank=None)
-        into.to_local().copy_(shard.to_local())
-    else:
-        into.copy_(from_whole)
-
-
-def whole_state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """`model.state_dict()` whole, one tensor after the other, on every rank; tied weights are one tensor.
-
-    A collective call: all ranks must take all of it.
-    """
-    made: dict[int, Tensor] = {}
-    tied = _tied(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        known = made.get(id(tensor))
-        full = whole(tensor.detach()) if known is None else known
-        if id(tensor) in tied:
-            made[id(tensor)] = full
-        yield name, full
-
-
-def _tied(model: nn.Module) -> set[int]:
-    ids = [id(tensor) for tensor in model.state_dict(keep_vars=True).values()]
-    return {i for i in ids if ids.count(i) > 1}
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -21,7 +21,9 @@ from .functions import checked_values, load_function, trl_columns
 from .judge import Case, Judge, JudgeConfig, make_judge
 from .prompts import question_of
 from .published import published_score
+from .ranks import Ranks
 from .rows import Example
+from .seeds import derive
 
 SCORINGS = ("strict", "published")
 # Reasons for which there is nothing to show a judge: it would be asked to guess.
@@ -113,20 +115,27 @@ def rule_reward(
     return Verdict(0.0, "hedged" if hedged else "wrong", extracted)
 
 
-def make_reward(config: RewardConfig, environ: Mapping[str, str] = os.environ) -> Reward:
+def make_reward(config: RewardConfig, environ: Mapping[str, str] = os.environ, ranks: Ranks | None = None) -> Reward:
     """The reward that a config describes. environ is where the judge's API key is looked up.
 
     Raises ValueError if the function cannot be found or the key is not set.
     """
     function = load_function(config.function) if config.function else None
     judge = make_judge(config.judge, environ) if config.judge else None
-    return Reward(config, function, judge)
+    return Reward(config, function, judge, ranks)
 
 
 class Reward:
-    """Scores completions. Holds the judge's cache and counters, no other state."""
+    """Scores completions. Holds the judge's cache and counters, no other state.
 
-    def __init__(self, config: RewardConfig, function: Callable[..., Any] | None, judge: Judge | None) -> None:
+    On many ranks all of them score the same completions. Each rank judges the cases that are its own, always the same ones,
+    so that a case is asked once; a user's function sees the whole batch on rank 0, as it would on one process.
+    """
+
+    def __init__(
+        self, config: RewardConfig, function: Callable[..., Any] | None, judge: Judge | None, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.config = config
         self.function = function
         self.judge = judge
@@ -135,8 +144,11 @@ class Reward:
             raise ValueError(f"reward function is named {self._name!r}, which is a part of its own; rename it")
 
     def metrics(self) -> dict[str, float]:
-        """The judge's counters since the start; empty without a judge."""
-        return self.judge.metrics() if self.judge else {}
+        """The judge's counters since the start, of all ranks; empty without a judge."""
+        if self.judge is None:
+            return {}
+        counted = self.ranks.every(self.judge.metrics())
+        return {name: sum(part[name] for part in counted) for name in counted[0]}
 
     def score(
         self,
@@ -164,10 +176,21 @@ class Reward:
         ]
         # Called here and not in the event loop: a plain function may run a loop of its own.
         returned = (
-            self.function(**trl_columns(examples, prompts, completions, completion_ids)) if self.function else None
+            self.function(**trl_columns(examples, prompts, completions, completion_ids))
+            if self.function and self.ranks.main
+            else None
         )
-        judged, returned = _run(self._gather(cases, returned))
-        values = checked_values(returned, len(completions), self._name) if self.function else [None] * len(completions)
+        mine = [i for i, case in enumerate(cases) if self._owner(case) == self.ranks.rank]
+        verdicts_of_mine, returned = _run(self._gather([cases[i] for i in mine], returned))
+        values = self.ranks.first(
+            lambda: (
+                checked_values(returned, len(completions), self._name) if self.function else [None] * len(completions)
+            )
+        )
+        told = {
+            i: v for part in self.ranks.every(dict(zip(mine, verdicts_of_mine, strict=True))) for i, v in part.items()
+        }
+        judged = [told[i] for i in range(len(cases))]
         verdicts = iter(judged)
         asked = [next(verdicts) if ask else None for ask in wanted]
         return [self._combine(*row) for row in zip(rules, wanted, asked, values, strict=True)]
@@ -185,6 +208,10 @@ class Reward:
         # Cut by the length limit: the answer may go on ("12|34"), or may have been about to come.
         cut = verdict.reason == "no_answer" or strict.is_cut(strict.after_thinking(completion) or "")
         return Verdict(0.0, "truncated", verdict.extracted) if cut else verdict
+
+    def _owner(self, case: Case) -> int:
+        """The rank that judges a case."""
+        return derive(0, case.question, *case.answers, case.prediction) % self.ranks.size
 
     def _settled(self, rule: Verdict) -> bool:
         """Whether the judge has nothing to add."""
