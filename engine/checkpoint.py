@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .shards import whole
+from .whole import whole
 from .tensor_file import write_tensors
 
 MANIFEST = "COMPLETE.json"

@@ -26,7 +26,7 @@ from ..engine.checkpoint import (
     set_rng_state,
 )
 from ..engine.model import save_model, trainable
-from ..engine.shards import shard_like, whole
+from ..engine.whole import shard_like, whole
 from .policy import Policy
 
 
