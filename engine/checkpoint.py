@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .whole import whole
 from .tensor_file import write_tensors
+from .whole import whole
 
 MANIFEST = "COMPLETE.json"
 _ASIDE = ".writing-"

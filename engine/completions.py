@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..kernels import LogProbs, LowRank, PolicyLoss, linear_logprob, linear_policy_loss
+from ..kernels import LogProbs, LowRank, PolicyLoss, linear_logprob, linear_policy_loss, policy_loss
 from .attention import Layout, SharedPrefix
+from .mesh import Mesh
 from .packing import Group, PackedRow, one_row, phase_pieces, unshared
+from .sequence_parallel import Part, local_rows, token_costs
 from .three_phase import three_phases
 
 _TILE = 8192
@@ -30,7 +32,7 @@ def completion_hidden(
     *,
     shared_prefix: bool = True,
     backend: str = "auto",
-    mesh: None = None,
+    mesh: Mesh | None = None,
     budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Final hidden rows that predict each completion token, and those tokens.
@@ -39,7 +41,9 @@ def completion_hidden(
         groups: packed into one row of sum(P) + sum(R) tokens; split them with `pack_groups` to bound it.
         shared_prefix: False repeats the prompt for each completion: the same values, G times the prompt's work.
         backend: of `longreach.kernels.attention`.
-        mesh: sequence parallelism; None is one device, the only form so far.
+        mesh: the ranks that compute the row together (`mesh.Mesh`): all ranks of a sequence group pass the same groups
+            and get the whole result; added up over them, parameter gradients are those of one process
+            (`sequence_parallel`).
         budget: tokens of a row. A single group over it is computed in three phases (`three_phase`): the same values,
             in the memory that a row of so many tokens takes with checkpointed layers. None: one row, however long.
 
@@ -48,17 +52,34 @@ def completion_hidden(
         order.
 
     Raises:
-        ValueError: no groups; several over the budget; one for which it is too small.
+        ValueError: no groups; several over the budget; one for which it is too small, or with a mesh one over it; ranks
+            of a sequence group that pass different groups; heads or rows that the mesh or its schedule can't do.
     """
-    if mesh is not None:
-        raise ValueError("sequence parallelism is not available yet: pass mesh=None")
-    if not groups:
-        raise ValueError("no groups: hand at least one prompt")
-    row = one_row(groups if shared_prefix else unshared(groups))
+    row = _row(groups, shared_prefix, mesh, budget)
+    if mesh is not None and mesh.sp > 1:
+        part = _part(model, row, mesh, backend)
+        return part.whole(part.hidden), row.targets().to(part.hidden.device)
     if budget is not None and row.tokens > budget:
         return _over_budget(model, row, backend, budget)
     hidden_TD = decode(model, row.input_ids(), row.position_ids(), SharedPrefix(row, backend))
     return hidden_TD.index_select(0, row.loss_rows().to(hidden_TD.device)), row.targets().to(hidden_TD.device)
+
+
+def _row(groups: Sequence[Group], shared_prefix: bool, mesh: Mesh | None, budget: int | None) -> PackedRow:
+    if not groups:
+        raise ValueError("no groups: hand at least one prompt")
+    row = one_row(groups if shared_prefix else unshared(groups))
+    if mesh is not None and budget is not None and row.tokens > budget:
+        raise ValueError(
+            f"a row of {row.tokens} tokens is over the budget of {budget}, and three phases know no mesh, since ranks "
+            "would differ in their number of forwards: raise the budget (a mesh shares the row out over "
+            f"{mesh.sp} ranks), or make rows with pack_groups and without three_phases"
+        )
+    return row
+
+
+def _part(model: PreTrainedModel, row: PackedRow, mesh: Mesh, backend: str) -> Part:
+    return local_rows(partial(decode, model), row, mesh, backend, token_costs(model), model.device)
 
 
 def _over_budget(model: PreTrainedModel, row: PackedRow, backend: str, budget: int) -> tuple[Tensor, Tensor]:
@@ -81,13 +102,18 @@ def completion_logprobs(
     temperature: float = 1.0,
     shared_prefix: bool = True,
     backend: str = "auto",
-    mesh: None = None,
+    mesh: Mesh | None = None,
     budget: int | None = None,
 ) -> LogProbs:
     """Log-probs, entropies and log-normalisers of every completion token at `temperature`, fp32 [N], differentiable.
 
     Arguments and errors as `completion_hidden`. The head is computed in fp32, under autocast too.
     """
+    if mesh is not None and mesh.sp > 1:
+        part = _part(model, _row(groups, shared_prefix, mesh, budget), mesh, backend)
+        head = model_head(model)
+        made = linear_logprob(part.hidden, head.weight_VD, part.targets, temperature=temperature, **head.options())
+        return part.whole_logprobs(made)
     hidden_ND, targets_N = completion_hidden(
         model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh, budget=budget
     )
@@ -106,7 +132,7 @@ def completion_policy_loss(
     temperature: float = 1.0,
     shared_prefix: bool = True,
     backend: str = "auto",
-    mesh: None = None,
+    mesh: Mesh | None = None,
     budget: int | None = None,
     **options: Any,
 ) -> PolicyLoss:
@@ -114,16 +140,31 @@ def completion_policy_loss(
 
     `longreach.kernels.linear_policy_loss` of `completion_hidden`: one pass over the vocabulary where the kind allows.
     `old_logp` (None: on-policy), `advantages` and the tensors among `options` are [N] on the model's device; a
-    completion is a sequence. Errors as of both.
+    completion is a sequence. On a mesh, whose ranks each make the log-probs of their own rows, it is two passes. Errors as
+    of both.
     """
+    lengths = torch.tensor([len(c) for group in groups for c in group.completions], device=model.device)
+    sequence_ids = torch.arange(len(lengths), device=model.device).repeat_interleave(lengths)
+    if mesh is not None and mesh.sp > 1:
+        made = completion_logprobs(
+            model,
+            groups,
+            temperature=temperature,
+            shared_prefix=shared_prefix,
+            backend=backend,
+            mesh=mesh,
+            budget=budget,
+        )
+        return policy_loss(
+            made.logp, old_logp, advantages, sequence_ids, kind=kind, normalizer=normalizer, entropy=made.entropy,
+            **options,
+        )  # fmt: skip
     hidden_ND, targets_N = completion_hidden(
         model, groups, shared_prefix=shared_prefix, backend=backend, mesh=mesh, budget=budget
     )
     head = model_head(model)
-    lengths = torch.tensor([len(c) for group in groups for c in group.completions], device=targets_N.device)
     return linear_policy_loss(
-        hidden_ND, head.weight_VD, targets_N, old_logp, advantages,
-        torch.arange(len(lengths), device=targets_N.device).repeat_interleave(lengths),
+        hidden_ND, head.weight_VD, targets_N, old_logp, advantages, sequence_ids,
         kind=kind, normalizer=normalizer, temperature=temperature, **head.options(), **options,
     )  # fmt: skip
 

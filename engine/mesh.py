@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -128,7 +129,9 @@ def make_mesh(config: ParallelConfig, device_type: str) -> Mesh:
         )
     shape = (ranks // config.sp, config.ring, config.ulysses)
     mesh = Mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES), config)
-    assert (
-        mesh.sequence.size() == config.sp and mesh.all.size() == ranks
-    )  # made by all ranks now: later, not all may ask for it
+    assert mesh.sequence.size() == config.sp  # made by all ranks now: later, not all may ask for it
+    assert mesh.all.size() == ranks
+    for group in (mesh.ring_group, mesh.ulysses_group):
+        # a first message between two ranks alone can't set up a group's connections where all ranks must take part
+        dist.all_reduce(torch.zeros(1, device=device_type), group=group)
     return mesh

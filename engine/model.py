@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from . import attention
-from .whole import whole_state
 from .support import refuse_config, refuse_model, verify_model
+from .whole import whole_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -259,7 +259,7 @@ class GrpoTrainer:
     @property
     def budget(self) -> int | None:
         """Tokens above which a group is computed in three phases; None where ranks must run the same forwards."""
-        return None if self.policy.weights.lockstep else self.config.micro_batch_tokens
+        return None if self.policy.in_step else self.config.micro_batch_tokens
 
     def rows(self, minibatch: Minibatch) -> list[tuple[Sequence[Group], list[Sample], int]]:
         """Micro-batches: packed rows within the budget, their samples in row order, and their tokens."""

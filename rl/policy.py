@@ -84,6 +84,11 @@ class Policy:
         self.weights = place(self.model, mesh, compute=torch.bfloat16 if config.autocast else None, device=device)
         self.stop_ids = stop_tokens(self.model, self.tokenizer)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether ranks wait for each other within a forward, so that all must run the same ones."""
+        return self.weights.lockstep or self.ranks.sequence is not None
+
     def precision(self) -> AbstractContextManager[object]:
         """bfloat16 compute on fp32 weights where `autocast` asks for it."""
         if not self.config.autocast:
