@@ -17,6 +17,7 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store, get_node_local_rank
 from torch.distributed.rendezvous import rendezvous
 
@@ -69,18 +70,19 @@ class Job:
                 )
             return None
         self.watchdog.timeout_s = config.timeout_s
-        self._await_all(self.watchdog, config.timeout_s)
-        if device.type == "cuda":
-            torch.cuda.set_device(get_node_local_rank(self.rank))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("collectives", self.store), rank=self.rank, world_size=self.size,
-            timeout=timedelta(seconds=config.timeout_s + MARGIN_S),
-        )  # fmt: skip
+        if not dist.is_initialized():
+            self._await_all(self.watchdog, config.timeout_s)
+            if device.type == "cuda":
+                torch.cuda.set_device(get_node_local_rank(self.rank))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("collectives", self.store), rank=self.rank, world_size=self.size,
+                timeout=timedelta(seconds=config.timeout_s + MARGIN_S),
+            )  # fmt: skip
         mesh = make_mesh(config, device.type)
         world = dist.group.WORLD
         assert world is not None
-        self.watchdog.groups = [world, mesh.data_group, mesh.sequence_group]
+        self.watchdog.groups = [world, mesh.data_group, mesh.sequence_group, mesh.all.get_group()]
         return mesh
 
     def note(self, operation: str, step: int | None = None) -> None:
@@ -113,8 +115,15 @@ class Job:
 
 
 def join() -> Job:
-    """The run that torchrun started this process for, or a job of one."""
+    """The run that torchrun started this process for, or a job of one.
+
+    Raises:
+        OSError: there is no one to meet, or some never come.
+    """
     if not dist.is_torchelastic_launched():
         return Job()
-    store, rank, size = next(iter(rendezvous("env://")))
-    return Job(store, rank, size)
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=_STORE_TIMEOUT_S))))
+        return Job(store, rank, size)
+    except DistError as error:
+        raise OSError(f"not all ranks have started: {str(error).splitlines()[0]}") from error

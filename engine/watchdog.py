@@ -80,7 +80,8 @@ class Watchdog:
         self.groups: list[ProcessGroup] = []
         self._beat = Beat()
         self._seen: dict[int, _Seen] = {}
-        self._lock = threading.Lock()
+        self._heard: set[int] = set()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
         self._ear, self._bell = os.pipe()
         os.set_blocking(self._bell, False)
         self._stopping = self._failing = self._terminated = False
@@ -114,15 +115,15 @@ class Watchdog:
 
     def missing(self) -> list[int]:
         """Ranks that have never been heard of."""
-        return [rank for rank in range(self.size) if not self.store.check([f"beat/{rank}"])]
+        self._heard |= {r for r in range(self.size) if r not in self._heard and self.store.check([f"beat/{r}"])}
+        return [rank for rank in range(self.size) if rank not in self._heard]
 
     def fail(self, text: str, status: int) -> bool:
         """Ends the other ranks, not this one; whether this rank was the first to fail and is to say why."""
         self._failing = True
         first = self._judge(text, status).by == self.rank
-        until = time.monotonic() + SILENT_BEATS * BEAT_S
-        while first and time.monotonic() < until and self.store.add("ended", 0) < self.size - 1:
-            time.sleep(BEAT_S / 5)  # the store may live in this process, and the others have to read it
+        if first:
+            self._linger()
         return first
 
     def look_around(self) -> Verdict | None:
@@ -138,13 +139,22 @@ class Watchdog:
 
     def end(self, verdict: Verdict) -> None:
         """Ends this process, whatever its main thread is in; the rank that found out says why."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # the other thread is at it
         if verdict.by == self.rank:
             print(f"longreach: {verdict.text}", file=sys.stderr, flush=True)
         try:
             self.store.add("ended", 1)
+            self._linger()
         finally:
             sys.stdout.flush()
             os._exit(verdict.status)
+
+    def _linger(self) -> None:
+        """Until the others have read the verdict: the store may live in this process. The dead among them never do."""
+        until = time.monotonic() + SILENT_BEATS * BEAT_S
+        while self.rank == 0 and time.monotonic() < until and self.store.add("ended", 0) < self.size:
+            time.sleep(BEAT_S / 5)
 
     def _judge(self, text: str, status: int) -> Verdict:
         """The verdict that counts: the first one."""
@@ -221,7 +231,7 @@ class Watchdog:
         )
 
     def _read(self, ranks: Iterable[int]) -> dict[int, Beat]:
-        ranks = list(ranks)
+        ranks = [rank for rank in ranks if rank not in self.missing()]  # a read would wait for those
         raw = self.store.multi_get([f"beat/{rank}" for rank in ranks])
         return {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, raw, strict=True)}
 

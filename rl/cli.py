@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     transformers_logging.disable_progress_bar()  # one bar of ours, not one for each checkpoint
-    with join() as job:
+    try:
+        job = join()
+    except OSError as error:
+        return _failed(Job(), error, 1)
+    with job:
         console = Console() if job.rank == 0 else Console(quiet=True, warns=False)
         try:
             return int(known.run(known, _overrides(rest), console, job) or 0)

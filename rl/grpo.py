@@ -207,7 +207,7 @@ class GrpoTrainer:
         like = torch.empty((2, 0), dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
         merged = ranks.merge_rows(mine, [sum(each) for each in lengths], like)
         return [
-            (sample, *pair.unbind())
+            (sample, pair[0], pair[1])
             for (_, samples, _), each, result in zip(rows, lengths, merged, strict=True)
             for sample, pair in zip(samples, result.split(each, dim=-1), strict=True)
         ]
