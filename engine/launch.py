@@ -36,7 +36,8 @@ class Job:
         self.store, self.rank, self.size = store, rank, size
         self.watchdog: Watchdog | None = None
         if store is not None:
-            self.watchdog = Watchdog(PrefixStore("longreach", store), rank, size, _STORE_TIMEOUT_S)
+            # a connection of its own: who waits for something on the other one keeps it busy
+            self.watchdog = Watchdog(PrefixStore("longreach", store.clone()), rank, size, _STORE_TIMEOUT_S)
 
     def __enter__(self) -> Job:
         if self.watchdog is not None:
