@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.attention_choice import choose, unsuited
-from .gather import GatherSchedule
+from ..kernels import attention_choice
+from .cost import choose, make_schedule
 from .mesh import Mesh
 from .partials import Kernel
 from .shards import Cut
@@ -56,17 +56,34 @@ class ParallelSharedPrefix:
     def __init__(self, cut: Cut, mesh: Mesh, backend: str = "auto") -> None:
         self.cut, self.mesh, self.backend = cut, mesh, backend
         self.tokens = len(cut.tokens[mesh.sequence_rank])
-        self.schedule = GatherSchedule(cut.shards, mesh.ring_rank, mesh.ring_group)
+        self.schedule: Schedule | None = None
+        """Made with the first layer, whose shape says what is faster; all layers have the same."""
 
     def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, scale: float) -> Tensor:
         filler = q_THE.shape[0] - self.tokens
         q, k, v = (x[: self.tokens] for x in (q_THE, k_TKE, v_TKE))
         heads = Heads(q.shape[1], k.shape[1], self.mesh.ulysses)
+        how = kernel(q, scale, self.backend)
+        if self.schedule is None:
+            name, seconds = choose(self.cut, self.mesh, q, k.shape[1], how)
+            if seconds:
+                _say_schedule(self.mesh, name, seconds)
+            self.schedule = make_schedule(name, self.cut, self.mesh)
         slices = tuple(self.cut.slices(self.mesh.ring_rank))
         across = HeadExchange(heads, slices, self.mesh.ulysses_group) if self.mesh.ulysses > 1 else None
-        work = _Work(across, self.schedule, kernel(q, scale, self.backend))
-        out = _ParallelAttention.apply(q, k, v, work)
+        out = _ParallelAttention.apply(q, k, v, _Work(across, self.schedule, how))
         return out if not filler else torch.cat([out, out.new_zeros(filler, *out.shape[1:])])
+
+
+_said: set[Mesh] = set()
+
+
+def _say_schedule(mesh: Mesh, name: str, seconds: dict[str, float]) -> None:
+    """Once for each mesh, with its first row's numbers."""
+    if mesh not in _said:
+        _said.add(mesh)
+        told = ", ".join(f"{other} {1e3 * taken:.3g} ms" for other, taken in seconds.items())
+        log.info("ring of %d: %s, by the cost model (a layer: %s)", mesh.ring, name, told)
 
 
 @dataclass(frozen=True)
@@ -117,10 +134,10 @@ def _unrounded(stage: str, q: Tensor, backend: str) -> str:
         return backend
     if q.dtype == torch.float64 or not q.is_cuda:
         return backend  # of these, all are unrounded
-    name = choose("auto", stage, q, 0)
+    name = attention_choice.choose("auto", stage, q, 0)
     if name in UNROUNDED:
         return name
-    if unsuited("triton", q) is None:
+    if attention_choice.unsuited("triton", q) is None:
         return "triton"
     _say(stage, name, "nothing else here can do it")
     return name

@@ -26,7 +26,8 @@ from .exchange import exchange, gather_rows
 from .mesh import Mesh
 from .packing import PackedRow
 from .parallel_attention import ParallelSharedPrefix
-from .shards import Cut, TokenCosts, cut_row
+from .ring_flash import RingFlash, cut_plain
+from .shards import Held, TokenCosts, cut_row
 from .three_phase import Decode
 
 
@@ -36,7 +37,7 @@ class Part:
 
     hidden: Tensor
     targets: Tensor
-    cut: Cut
+    cut: Held
     mesh: Mesh
 
     def whole(self, mine: Tensor) -> Tensor:
@@ -57,8 +58,12 @@ def local_rows(
         device: where its hidden states are.
     """
     check_same(row, mesh, device, (backend, mesh.config, torch.is_grad_enabled()))
-    cut = cut_row(row, mesh.ring, mesh.ulysses, costs)
-    layout = ParallelSharedPrefix(cut, mesh, backend)
+    if mesh.config.schedule == "ring-flash-attn":
+        cut = cut_plain(row, mesh)
+        layout = RingFlash(cut, mesh)
+    else:
+        cut = cut_row(row, mesh.ring, mesh.ulysses, costs)
+        layout = ParallelSharedPrefix(cut, mesh, backend)
     held = cut.tokens[mesh.sequence_rank]
     held = held if len(held) else torch.zeros(1, dtype=torch.long)  # a token that nothing reads
     entries, rows = cut.losses[mesh.sequence_rank]

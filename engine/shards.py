@@ -142,33 +142,15 @@ def _even_out(loads: Sequence[float], more: float) -> list[float]:
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
-    """A packed row over ring x ulysses ranks, named by their place in the sequence group: ring rank x ulysses + own."""
+class Held:
+    """A packed row over the ranks of a sequence group, named by their place in it."""
 
     row: PackedRow
-    shards: tuple[RingShard, ...]
-    ulysses: int
-
-    @property
-    def ranks(self) -> int:
-        return len(self.shards) * self.ulysses
-
-    def slices(self, ring_rank: int) -> list[int]:
-        """Tokens of each ulysses rank of a ring rank."""
-        tokens = self.shards[ring_rank].tokens
-        return [tokens // self.ulysses + (u < tokens % self.ulysses) for u in range(self.ulysses)]
 
     @cached_property
     def tokens(self) -> tuple[Tensor, ...]:
         """Of each rank, which tokens of the row it holds, in its own order."""
-        starts = [0, *accumulate((*self.row.prompt_lengths, *self.row.completion_lengths))]
-        groups, made = len(self.row.groups), []
-        for ring_rank, shard in enumerate(self.shards):
-            parts = [torch.arange(starts[p.group] + p.start, starts[p.group] + p.stop) for p in shard.pieces]
-            parts += [torch.arange(starts[groups + c.index], starts[groups + c.index + 1]) for c in shard.completions]
-            held = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
-            made += held.split(self.slices(ring_rank))
-        return tuple(made)
+        raise NotImplementedError
 
     @cached_property
     def losses(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -178,8 +160,32 @@ class Cut:
         for rank, held in enumerate(self.tokens):
             owner[held], place[held] = rank, torch.arange(len(held))
         rows = self.row.loss_rows()
-        entries = [(owner[rows] == rank).nonzero().squeeze(1) for rank in range(self.ranks)]
+        entries = [(owner[rows] == rank).nonzero().squeeze(1) for rank in range(len(self.tokens))]
         return tuple((found, place[rows[found]]) for found in entries)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut(Held):
+    """A row over ring x ulysses ranks; a rank's place is its ring rank x ulysses + its own."""
+
+    shards: tuple[RingShard, ...]
+    ulysses: int
+
+    def slices(self, ring_rank: int) -> list[int]:
+        """Tokens of each ulysses rank of a ring rank."""
+        tokens = self.shards[ring_rank].tokens
+        return [tokens // self.ulysses + (u < tokens % self.ulysses) for u in range(self.ulysses)]
+
+    @cached_property
+    def tokens(self) -> tuple[Tensor, ...]:
+        starts = [0, *accumulate((*self.row.prompt_lengths, *self.row.completion_lengths))]
+        groups, made = len(self.row.groups), []
+        for ring_rank, shard in enumerate(self.shards):
+            parts = [torch.arange(starts[p.group] + p.start, starts[p.group] + p.stop) for p in shard.pieces]
+            parts += [torch.arange(starts[groups + c.index], starts[groups + c.index + 1]) for c in shard.completions]
+            held = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+            made += held.split(self.slices(ring_rank))
+        return tuple(made)
 
 
 def cut_row(row: PackedRow, ring: int, ulysses: int, costs: TokenCosts | None = None) -> Cut:
