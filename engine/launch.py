@@ -37,7 +37,7 @@ class Job:
         self.watchdog: Watchdog | None = None
         if store is not None:
             # a connection of its own: who waits for something on the other one keeps it busy
-            self.watchdog = Watchdog(PrefixStore("longreach", store.clone()), rank, size, _STORE_TIMEOUT_S)
+            self.watchdog = Watchdog(PrefixStore("longreach", store.clone()), rank, size, _STORE_TIMEOUT_S)  # pyright: ignore[reportAttributeAccessIssue]  (a stub lacks it)
 
     def __enter__(self) -> Job:
         if self.watchdog is not None:
