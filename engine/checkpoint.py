@@ -18,15 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .tensor_file import write_tensors
+from .whole import whole
 
 MANIFEST = "COMPLETE.json"
 _ASIDE = ".writing-"
 UNFINISHED = ".unfinished"
 """Ending of a file that is being written: a kill can leave one, and no pattern for finished files matches it."""
 _REPLACED = ".replaced"
+Keys = tuple[Any, ...]
+"""Where in a nested state a tensor stands: the keys and indices that lead to it."""
 
 
 def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
@@ -134,44 +138,60 @@ def write_atomically(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def save_state(state: Any, folder: Path, name: str) -> None:
-    """Nested dicts, lists, tuples, numbers, strings, None and tensors -> `name.json` and `name.safetensors`."""
-    tensors: dict[str, Tensor] = {}
-    (folder / f"{name}.json").write_text(json.dumps(_encode(state, tensors)))
-    save_file(tensors, folder / f"{name}.safetensors")
+def save_state(state: Any, folder: Path | None, name: str) -> None:
+    """Nested dicts, lists, tuples, numbers, strings, None and tensors -> `name.json` and `name.safetensors`.
+
+    With sharded tensors a collective call: one rank has a folder, the others pass None. Tensors are made whole and written
+    one after the other, so that no rank ever holds two. Torch's distributed checkpoint would write all ranks' shards at
+    once, but keeps its metadata in a pickle, and its safetensors form has no place for an optimizer's numbers.
+
+    Raises:
+        OSError: the disk is full. The other ranks are not left waiting.
+    """
+    leaves: list[Tensor] = []
+    text = json.dumps(_encode(state, leaves))
+    wholes = (whole(leaf.detach()) for leaf in leaves)
+    try:
+        if folder is not None:
+            (folder / f"{name}.json").write_text(text)
+            write_tensors(folder / f"{name}.safetensors", leaves, wholes)
+    finally:
+        for _ in wholes:  # what the others are waiting to gather
+            pass
 
 
-def load_state(folder: Path, name: str) -> Any:
-    """What `save_state` wrote, tensors on the CPU."""
-    tensors = load_file(folder / f"{name}.safetensors")
-    return _decode(json.loads((folder / f"{name}.json").read_text()), tensors)
+def load_state(folder: Path, name: str, place: Callable[[Keys, Tensor], Tensor] = lambda path, tensor: tensor) -> Any:
+    """What `save_state` wrote; each tensor goes from the file through `place`, with the keys that lead to it."""
+    with safe_open(folder / f"{name}.safetensors", "pt") as file:
+        text = json.loads((folder / f"{name}.json").read_text())
+        return _decode(text, (), lambda path, key: place(path, file.get_tensor(key)))
 
 
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, leaves: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
-        key = str(len(tensors))
-        tensors[key] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {"tensor": key}
+        leaves.append(value)
+        return {"tensor": str(len(leaves) - 1)}
     if isinstance(value, dict):
-        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
+        return {"dict": [[_encode(k, leaves), _encode(v, leaves)] for k, v in value.items()]}
     if isinstance(value, tuple):
-        return {"tuple": [_encode(v, tensors) for v in value]}
+        return {"tuple": [_encode(v, leaves) for v in value]}
     if isinstance(value, list):
-        return {"list": [_encode(v, tensors) for v in value]}
+        return {"list": [_encode(v, leaves) for v in value]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a checkpoint can't hold {type(value).__name__}")
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, path: Keys, tensor: Callable[[Keys, str], Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     if kind == "tensor":
-        return tensors[inner]
+        return tensor(path, inner)
     if kind == "dict":
-        return {_decode(k, tensors): _decode(v, tensors) for k, v in inner}
-    items = [_decode(v, tensors) for v in inner]
+        pairs = [(_decode(k, path, tensor), v) for k, v in inner]
+        return {k: _decode(v, (*path, k), tensor) for k, v in pairs}
+    items = [_decode(v, (*path, i), tensor) for i, v in enumerate(inner)]
     return tuple(items) if kind == "tuple" else items
 
 

@@ -93,6 +93,7 @@ def generate(
     batch_tokens: int = GeneratorConfig.batch_tokens,
     backend: str = "auto",
     on_done: OnDone = lambda prompt, place, completion: None,
+    share: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """G completions of each prompt.
 
@@ -102,6 +103,8 @@ def generate(
         seed: of this call alone; the same call gives the same completions.
         batch_tokens: prompts are batched so that cached keys (P padded + G * max_completion for each) stay below it.
         on_done: handed each completion as it ends, with its prompt's index and its place in the group.
+        share: indices of the prompts that are this rank's; only theirs are generated and given, in that order, and they
+            are what the whole call would have made of them.
 
     Raises:
         ValueError: a prompt is no LongTensor or empty, `group_size` is below 1, or a single prompt with its
@@ -111,9 +114,11 @@ def generate(
         raise ValueError(f"group_size must be at least 1, not {group_size}")
     groups = [Group(prompt, ()) for prompt in prompts]
     seeds = torch.randint(2**63 - 1, (len(groups),), generator=torch.Generator().manual_seed(seed)).tolist()
+    mine = list(range(len(groups))) if share is None else list(share)
     results: dict[int, list[Completion]] = {}
     with evaluating(model):
-        for batch in _batches([g.tokens for g in groups], group_size * sampling.max_completion, batch_tokens):
+        for places in _batches([groups[i].tokens for i in mine], group_size * sampling.max_completion, batch_tokens):
+            batch = [mine[place] for place in places]
             uniform = torch.cat([_stream(seeds[i], group_size, sampling.max_completion) for i in batch])
 
             def ended(row: int, completion: Completion, batch: list[int] = batch) -> None:
@@ -123,7 +128,7 @@ def generate(
                 model, [groups[i] for i in batch], group_size, sampling, frozenset(stop_ids), uniform, backend, ended
             )
             results.update(zip(batch, made, strict=True))
-    return [results[i] for i in range(len(groups))]
+    return [results[i] for i in mine]
 
 
 @contextmanager

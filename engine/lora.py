@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import peft
 import torch
 from peft.tuners.lora import Linear
@@ -47,17 +49,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The plain model's state: adapters added into CPU copies of their base weights, the model itself left alone."""
+def merged_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plain model's state out of the model's own (whole tensors): adapters added into copies of their base weights."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    state: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
+    plain: dict[str, Tensor] = {}
+    for key, tensor in state.items():
         if ".lora_" in key:
             continue
-        layer = layers.get(key.removesuffix(".base_layer.weight"))
-        if layer is not None:
-            for adapter in layer.active_adapters:
-                delta = layer.get_delta_weight(adapter)
+        name = key.removesuffix(".base_layer.weight")
+        if name != key and name in layers:
+            for adapter in layers[name].active_adapters:
+                up, down = (state[f"{name}.lora_{part}.{adapter}.weight"] for part in "BA")
+                delta = (up @ down) * layers[name].scaling[adapter]
                 tensor = (tensor.to(delta.dtype) + delta).to(tensor.dtype).cpu()
-        state[key.replace(".base_layer.", ".")] = tensor
-    return state
+        plain[key.replace(".base_layer.", ".")] = tensor
+    return plain

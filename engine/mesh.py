@@ -106,6 +106,11 @@ class Mesh:
         return self.device_mesh["ring", "ulysses"]._flatten("sequence")
 
     @cached_property
+    def all(self) -> DeviceMesh:
+        """Every rank in one dimension: what weights are sharded over."""
+        return self.device_mesh._flatten("all")
+
+    @cached_property
     def sequence_group(self) -> dist.ProcessGroup:
         return self.sequence.get_group()
 
@@ -125,6 +130,7 @@ def make_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     shape = (ranks // config.sp, config.ring, config.ulysses)
     mesh = Mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES), config)
     assert mesh.sequence.size() == config.sp  # made by all ranks now: later, not all may ask for it
+    assert mesh.all.size() == ranks
     for group in (mesh.ring_group, mesh.ulysses_group):
         # a first message between two ranks alone can't set up a group's connections where all ranks must take part
         dist.all_reduce(torch.zeros(1, device=device_type), group=group)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +32,9 @@ from .offload import offload
 from .rope import RopeScaling
 from .support import refuse_config, refuse_model, verify_change, verify_model
 from .tiling import tile
+from .whole import whole_state
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -239,16 +241,22 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     return tuple(sorted(stops))
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
     """The plain model in the transformers layout, readable by `from_pretrained` and vLLM.
 
-    Adapters are merged into copies of their weights; the model itself is left alone.
+    Adapters are merged into copies of their weights; the model itself is left alone. Of a sharded model all ranks call
+    this, one with a folder and the others with None: weights are gathered one by one, and only that rank keeps them,
+    on its CPU.
     """
     weights = None
+    if getattr(model, "peft_config", None) or any(isinstance(p, DTensor) for p in model.parameters()):
+        weights = whole_state(model, keep=folder is not None)
+    if folder is None:
+        return
     if getattr(model, "peft_config", None):
         from .lora import merged_state
 
-        weights = merged_state(model)
+        weights = merged_state(model, weights or {})
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 

@@ -7,12 +7,15 @@ AdamW's two averages take 8 bytes a parameter. `adamw-8bit` keeps them in blocks
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .model import trainable
 
@@ -119,7 +122,7 @@ def apply_update(optimizer: torch.optim.Optimizer, model: nn.Module, learning_ra
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    norm = clip_gradients(parameters, grad_clip or math.inf)
     if not bool(torch.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
@@ -133,3 +136,26 @@ def apply_update(optimizer: torch.optim.Optimizer, model: nn.Module, learning_ra
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Scales the gradients down to a global norm of `limit`; gives the norm before, the same on all ranks.
+
+    Of a sharded gradient each rank has its part, and what isn't sharded every rank has whole: their squares are added
+    over the ranks, or not. One collective, whatever the number of weights.
+    """
+    shards = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    copied = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    group = next(p.grad.device_mesh.get_group() for p in parameters if isinstance(p.grad, DTensor))
+    square = nn.utils.get_total_norm(shards).double().square()
+    dist.all_reduce(square, group=group)
+    if copied:
+        square += nn.utils.get_total_norm(copied).double().square()
+    norm = square.sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch's own
+    for gradient in (*shards, *copied):
+        gradient.mul_(scale.to(gradient.dtype))
+    return norm

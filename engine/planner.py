@@ -114,7 +114,14 @@ def plan_step(shape: ModelShape, setting: Setting, gpu: Gpu, load: Load) -> Step
     plain = Setting(dtype=setting.dtype, autocast=setting.autocast, lora=setting.lora)
     flops = load.rows * update_work(shape, plain, load.row, load.passes).flops
     return StepPlan(
-        load, setting, gpu, memory, times, flops, _dense_flops(shape, plain, load), _problems(shape, setting, gpu, memory)
+        load,
+        setting,
+        gpu,
+        memory,
+        times,
+        flops,
+        _dense_flops(shape, plain, load),
+        _problems(shape, setting, gpu, memory),
     )
 
 

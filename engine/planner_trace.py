@@ -148,7 +148,9 @@ def _as_fake(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-def trace_step(config: PreTrainedConfig, setting: Setting, row: Row, *, capability: tuple[int, int] | None = (9, 0)) -> Traced:
+def trace_step(
+    config: PreTrainedConfig, setting: Setting, row: Row, *, capability: tuple[int, int] | None = (9, 0)
+) -> Traced:
     """Forward and backward of one packed row by the engine's own step, in the model's own class, on one GPU.
 
     Args:

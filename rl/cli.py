@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..engine.model import load_tokenizer
+from ..engine.launch import Job, join
+from ..engine.model import load_tokenizer, pick_device
 from .bench import run_bench
 from .config import dump
 from .console import Console
@@ -26,6 +27,7 @@ from .passes import bucket_line, percent
 from .plan import check_fits
 from .plan_command import add_plan
 from .policy import Policy, model_source
+from .ranks import Ranks
 from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
 from .rewards import make_reward
@@ -37,22 +39,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit status."""
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    console = Console()
     transformers_logging.disable_progress_bar()  # one bar of ours, not one for each checkpoint
     try:
-        return int(known.run(known, _overrides(rest), console) or 0)
-    except ValueError as error:
-        print(f"longreach: {error}", file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError) as error:
-        print(f"longreach: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        console.say(str(stopped))
-        return 130
-    except KeyboardInterrupt:
-        console.say("stopped at once; the same command goes on from the last checkpoint")
-        return 130
+        job = join()
+    except OSError as error:
+        return _failed(Job(), error, 1)
+    with job:
+        console = Console() if job.rank == 0 else Console(quiet=True, warns=False)
+        try:
+            return int(known.run(known, _overrides(rest), console, job) or 0)
+        except ValueError as error:
+            return _failed(job, error, 2)
+        except (OSError, FloatingPointError) as error:
+            return _failed(job, error, 1)
+        except Stopped as stopped:
+            console.say(str(stopped))
+            return 130
+        except KeyboardInterrupt:
+            if job.fail("interrupted", 130):
+                Console().say("stopped at once; the same command goes on from the last checkpoint")
+            return 130
+
+
+def _failed(job: Job, error: Exception, status: int) -> int:
+    """One message, whatever the number of ranks that fail."""
+    if job.fail(str(error), status):
+        print(f"longreach: {error}", file=sys.stderr, flush=True)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     # its options are its own parser's, so nothing is an option here: no argument begins with NUL
     bench = commands.add_parser("bench", help="measure kernels beside their peers", add_help=False, prefix_chars="\0")
     bench.add_argument("arguments", nargs="*")
-    bench.set_defaults(run=lambda known, _, __: run_bench(known.arguments))
+    bench.set_defaults(run=lambda known, *_: run_bench(known.arguments))
     return parser
 
 
@@ -129,13 +142,13 @@ def _recipe(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> Reci
     return load_recipe(known.recipe, [*overrides, *skip])
 
 
-def _train(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> None:
+def _train(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console, job: Job) -> None:
     recipe = _recipe(known, overrides)
     if known.dry_run:
         _dry_run(recipe, console)
     else:
         check_fits(recipe, console, force=known.force)
-        train(recipe, known.run_dir or Path("runs") / recipe.name, replay=known.replay, console=console)
+        train(recipe, known.run_dir or Path("runs") / recipe.name, replay=known.replay, console=console, job=job)
 
 
 def _dry_run(recipe: Recipe, console: Console) -> None:
@@ -157,7 +170,7 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
 
 
-def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> None:
+def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console, job: Job) -> None:
     recipe = _recipe(known, overrides)
     if not recipe.data.eval:
         raise ValueError(
@@ -166,10 +179,11 @@ def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: 
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     prompts = read_eval(recipe, _tokenizer(recipe), None, console)
-    policy = Policy(recipe.model, recipe.generator)
+    ranks = Ranks(job, job.connect(recipe.parallel, pick_device(recipe.model.device)))
+    policy = Policy(recipe.model, recipe.generator, ranks=ranks)
     with console.progress("evaluating", len(prompts)) as advance:
         summary, _ = evaluate(
-            policy, make_reward(recipe.reward), prompts, recipe.eval, bounds=recipe.buckets(),
+            policy, make_reward(recipe.reward, ranks=ranks), prompts, recipe.eval, bounds=recipe.buckets(),
             seed=recipe.run.seed, name="eval", on_batch=advance,
         )  # fmt: skip
     for row in summary["benchmarks"]:
@@ -179,7 +193,7 @@ def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: 
         console.say(bucket_line(row))
 
 
-def _report(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> None:
+def _report(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console, _: Job) -> None:
     if overrides:
         raise ValueError(f"report takes no recipe keys, but got --{overrides[0][0]}")
     if not (known.run_dir / "recipe.toml").exists():

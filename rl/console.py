@@ -32,9 +32,10 @@ class Advance(Protocol):
 
 
 class Console:
-    """Where a run reports to. `quiet` keeps only warnings, for tests."""
+    """Where a run reports to. `quiet` keeps only warnings, for tests; without `warns` nothing is said, as on ranks above 0."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, warns: bool = True) -> None:
+        self._warns = warns
         self._rich = RichConsole(highlight=False, soft_wrap=True, emoji=False)
         self._quiet = quiet
 
@@ -43,7 +44,8 @@ class Console:
             self._rich.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        self._rich.print(f"warning: {text}", markup=False, style="yellow")
+        if self._warns:
+            self._rich.print(f"warning: {text}", markup=False, style="yellow")
 
     def metrics(self, stage: str, step: int, steps: int, values: Mapping[str, float]) -> None:
         """One line: the numbers one watches; all of them are in metrics.jsonl."""

@@ -81,7 +81,7 @@ def evaluate(
     rows: list[Row] = []
     for batch, start in enumerate(range(0, len(prompts), config.batch)):
         part = prompts[start : start + config.batch]
-        made = log.get(batch) if log else None
+        made = policy.ranks.first(lambda batch=batch: log.get(batch) if log else None)
         if made is None:
             made = _evaluate_batch(policy, reward, part, config, seed=derive(seed, "eval", batch), name=name, step=step)
             if log:

@@ -9,14 +9,13 @@ the normalizer and never computed; the entropy rules can make it so (`entropy.py
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..engine import Group, Sampling, pack_groups
-from ..engine.optimizer import apply_update
 from ..kernels import Mean
 from .advantages import group_advantages, overlong_penalty, reward_spread
 from .console import Console
@@ -29,7 +28,7 @@ from .rollouts import Rollout, RolloutGroup, Unjudged, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
-from .step_metrics import cost, mask_metrics, mean_of, rollout_metrics
+from .step_metrics import add_means, cost, mask_metrics, mean_of, rollout_metrics
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Sample:
         return self.advantage != 0 and (self.kept is None or bool(self.kept.any()))
 
 
+_LOSS = "loss"
 Minibatch = list[tuple[Prompt, list[Sample]]]
 
 
@@ -82,7 +82,7 @@ class GrpoTrainer:
 
         `replay` trains on saved groups instead; `saved`: see `collect`.
         """
-        watch, start = Stopwatch(), time.perf_counter()
+        watch, start = Stopwatch(lambda name: self.policy.ranks.note(name, step)), time.perf_counter()
         groups = self.collect(step, watch, saved) if replay is None else replay
         groups = self.advantages(groups) if replay is None else groups
         minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
@@ -206,12 +206,22 @@ class GrpoTrainer:
     @torch.no_grad()
     def _logprobs(self, policy: Policy, minibatch: Minibatch) -> list[tuple[Sample, Tensor, Tensor]]:
         """Each sample with its log-probs and entropies."""
-        found: list[tuple[Sample, Tensor, Tensor]] = []
-        for row, samples in _rows(minibatch, self.config):
-            made = policy.logprobs(row, self.sampling.temperature, self.config.micro_batch_tokens)
-            lengths = [len(s.ids) for s in samples]
-            found += zip(samples, made.logp.split(lengths), made.entropy.split(lengths), strict=True)
-        return found
+        rows, ranks, model = self.rows(minibatch), self.policy.ranks, self.policy.model
+        mine: dict[int, Tensor] = {}
+        for turn in ranks.rows([tokens for _, _, tokens in rows]):
+            if turn is None:
+                policy.idle()
+                continue
+            made = policy.logprobs(rows[turn][0], self.sampling.temperature, self.budget)
+            mine[turn] = torch.stack([made.logp, made.entropy])
+        lengths = [[len(s.ids) for s in samples] for _, samples, _ in rows]
+        like = torch.empty((2, 0), dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
+        merged = ranks.merge_rows(mine, [sum(each) for each in lengths], like)
+        return [
+            (sample, pair[0], pair[1])
+            for (_, samples, _), each, result in zip(rows, lengths, merged, strict=True)
+            for sample, pair in zip(samples, result.split(each, dim=-1), strict=True)
+        ]
 
     def update_all(self, minibatches: list[Minibatch], learning_rate: float) -> dict[str, float]:
         totals: dict[str, Mean] = {}
@@ -219,13 +229,15 @@ class GrpoTrainer:
         for minibatch in minibatches:
             if not any(samples for _, samples in minibatch):
                 continue  # nothing was learned from: weight decay and momentum alone must not move the weights
-            means: dict[str, Mean] = {}
             weights.append(self.entropy.weight)
-            losses.append(self.gradient(minibatch, means))
-            norms.append(apply_update(self.optimizer, self.policy.model, learning_rate, self.grad_clip))
+            mine: dict[str, Mean] = {}
+            loss = torch.tensor(self.gradient(minibatch, mine), dtype=torch.float64)
+            means = self.policy.ranks.total({**mine, _LOSS: Mean(loss, torch.ones_like(loss))})
+            losses.append(float(means.pop(_LOSS).total))
+            norms.append(self.policy.update(self.optimizer, learning_rate, self.grad_clip))
             if "entropy" in means:
                 self.entropy.observe(means["entropy"].value)
-            _add(totals, means)
+            add_means(totals, means)
         metrics = {name: mean.value for name, mean in totals.items()}
         return {
             **metrics,
@@ -237,19 +249,36 @@ class GrpoTrainer:
         }
 
     def gradient(self, minibatch: Minibatch, totals: dict[str, Mean]) -> float:
-        """Accumulates the gradient of one update over its micro-batches; gives the loss, and adds to the metrics."""
+        """Accumulates the gradient of one update over this data rank's micro-batches; gives their loss, adds to the metrics."""
         config, total = self.config, 0.0
-        normalizer = self.normalizer(minibatch)
-        for row, samples in _rows(self.computed(minibatch), config):
+        normalizer, rows = self.normalizer(minibatch), self.rows(self.computed(minibatch))
+        for turn in self.policy.ranks.rows([tokens for _, _, tokens in rows]):
+            if turn is None:
+                self.policy.idle()
+                continue
+            row, samples, _ = rows[turn]
             inputs = _loss_inputs(samples, self.policy.model.device)
             result = self.policy.loss(
                 row, self.sampling.temperature, **inputs, kind=config.kind, normalizer=normalizer,
-                budget=config.micro_batch_tokens, entropy_weight=self.entropy.weight, **config.loss_options(),
+                budget=self.budget, entropy_weight=self.entropy.weight, **config.loss_options(),
             )  # fmt: skip
             result.loss.backward()
             total += result.loss.item()
-            _add(totals, result.metrics)
+            add_means(totals, result.metrics)
         return total
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens above which a group is computed in three phases; None where ranks must run the same forwards."""
+        return None if self.policy.in_step else self.config.micro_batch_tokens
+
+    def rows(self, minibatch: Minibatch) -> list[tuple[Sequence[Group], list[Sample], int]]:
+        """Micro-batches: packed rows within the budget, their samples in row order, and their tokens."""
+        if not self.config.shared_prefix:
+            minibatch = [(prompt, [sample]) for prompt, samples in minibatch for sample in samples]
+        groups = [Group(torch.tensor(prompt.ids), [s.ids for s in samples]) for prompt, samples in minibatch]
+        packed = pack_groups(groups, self.config.micro_batch_tokens, three_phases=self.budget is not None)
+        return [(row.groups, [minibatch[g][1][c] for g, c in row.members], row.tokens) for row in packed]
 
     def normalizer(self, minibatch: Minibatch) -> float:
         """What the loss of one update is divided by, counted over all its completions (design: one global number)."""
@@ -279,22 +308,6 @@ def _loss_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tenso
         "rollout_logp": torch.tensor(sampled, device=device, dtype=torch.float64),
         "ref_logp": torch.cat(ref) if ref else None,
     }
-
-
-def _add(totals: dict[str, Mean], more: Mapping[str, Mean]) -> None:
-    for name, mean in more.items():
-        totals[name] = totals[name] + mean if name in totals else mean
-
-
-def _rows(minibatch: Minibatch, config: GrpoConfig) -> list[tuple[Sequence[Group], list[Sample]]]:
-    """Micro-batches: packed rows within the budget, and their samples in row order."""
-    if not config.shared_prefix:
-        minibatch = [(prompt, [sample]) for prompt, samples in minibatch for sample in samples]
-    groups = [Group(torch.tensor(prompt.ids), [s.ids for s in samples]) for prompt, samples in minibatch]
-    return [
-        (row.groups, [minibatch[g][1][c] for g, c in row.members])
-        for row in pack_groups(groups, config.micro_batch_tokens, three_phases=True)
-    ]
 
 
 def _differing(groups: Sequence[RolloutGroup]) -> list[int]:

@@ -44,10 +44,13 @@ class Context:
 def evaluation(run: Context, name: str, step: int) -> None:
     """Scores the policy on the evaluation data: `evals/<name>.json` and every completion beside it."""
     path = run.folder.eval_file(name)
-    log = BatchLog(path.with_suffix(".batches.jsonl"), {"step": step})
-    if path.exists():
-        log.path.unlink(missing_ok=True)  # a kill may have come between the two
+    ranks = run.policy.ranks
+    log = BatchLog(path.with_suffix(".batches.jsonl"), {"step": step}) if ranks.main else None
+    if ranks.first(path.exists):
+        if log:
+            log.path.unlink(missing_ok=True)  # a kill may have come between the two
         return
+    ranks.note(f"evaluation {name}", step)
     with run.console.progress(f"evaluating {name}", len(run.prompts.eval)) as advance:
 
         def on_batch(count: int) -> None:
@@ -59,8 +62,9 @@ def evaluation(run: Context, name: str, step: int) -> None:
             name=name, step=step, log=log, on_batch=on_batch,
         )  # fmt: skip
     run.folder.write_lines(path.with_suffix(".completions.jsonl"), rows)
-    write_atomically(path, json.dumps(summary, indent=1))
-    log.path.unlink()
+    run.folder.write_text(path, json.dumps(summary, indent=1))
+    if log:
+        log.path.unlink()
     run.console.say(f"accuracy {name} | {', '.join(bucket_line(bucket) for bucket in summary['buckets'])}")
 
 
@@ -68,14 +72,18 @@ def pool(run: Context, stage: str, members: Sequence[int], next_phase: Phase, st
     """Scores the prompts of a phase and writes who is carried on, and why: `pool/<stage>.jsonl`."""
     path, config = run.folder.pool_file(stage), run.recipe.retrospective
     assert config is not None
-    if path.exists():
+    ranks = run.policy.ranks
+    if ranks.first(path.exists):
         return
+    ranks.note(f"difficulty pass after {stage}", step)
     if run.replay is not None:
         saved = RunFolder(run.replay).pool_file(stage)
         if not saved.exists():
             raise ValueError(f"{saved} is missing: {run.replay} has no pool of {stage} to replay")
         run.folder.write_lines(path, read_lines(saved))
         return
+    if config.source == "records" and not ranks.main:
+        return  # the records are in files, which are rank 0's
     groups = _recorded(run, stage) if config.source == "records" else _fresh(run, stage, members, next_phase, step)
     entries = select(score(groups), config, derive(run.recipe.run.seed, stage))
     run.folder.write_lines(path, [entry.dump() for entry in entries])
@@ -97,19 +105,21 @@ def _fresh(run: Context, stage: str, members: Sequence[int], next_phase: Phase, 
     recipe, config = run.recipe, run.recipe.retrospective
     assert config is not None
     batch, by_id = recipe.rl.batch_prompts, {p.example.id: p for p in run.prompts.train}
-    log = BatchLog(run.folder.root / "rollouts" / f"difficulty-{stage}.jsonl", {"step": step})
+    file, ranks = run.folder.root / "rollouts" / f"difficulty-{stage}.jsonl", run.policy.ranks
+    log = BatchLog(file, {"step": step}) if ranks.main else None
     groups: list[RolloutGroup] = []
     with run.console.progress(f"difficulty pass after {stage}", len(members)) as advance:
         for number, start in enumerate(range(0, len(members), batch)):
             prompts = [run.prompts.train[i] for i in members[start : start + batch]]
-            lines = log.get(number)
+            lines = ranks.first(lambda number=number: log.get(number) if log else None)
             if lines is None:
                 made = roll_out(
                     run.policy, run.reward, prompts, config.samples, next_phase.sampling(),
                     seed=derive(recipe.run.seed, "difficulty", stage, number), stage=f"difficulty-{stage}", step=step,
                 )  # fmt: skip
                 lines = [r.dump() for group in made for r in group.rollouts]
-                log.add(number, lines)
+                if log:
+                    log.add(number, lines)
             groups += [group.bare() for group in regroup(lines, by_id)]
             advance(len(prompts))
             run.check()
@@ -118,6 +128,8 @@ def _fresh(run: Context, stage: str, members: Sequence[int], next_phase: Phase, 
 
 def summary(folder: RunFolder, names: Sequence[str]) -> None:
     """summary.json and the picture, from the evaluations so far."""
+    if not folder.writes:
+        return
     made = [json.loads(folder.eval_file(n).read_text()) for n in names if folder.eval_file(n).exists()]
     chances = [one["chance"] for one in made if one["chance"] is not None]
     text = {

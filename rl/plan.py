@@ -67,14 +67,21 @@ def recipe_shape(model: ModelConfig, folder: str | None = None) -> ModelShape:
 
 
 def setting_of(recipe: Recipe, gpus: int) -> Setting:
-    """The recipe's own setting on `gpus` GPUs; keys that this version of a recipe doesn't have keep their defaults."""
-    model = recipe.model
+    """The recipe's own setting on `gpus` GPUs."""
+    model, parallel = recipe.model, recipe.parallel
     return Setting(
         gpus=gpus,
+        ring=parallel.ring,
+        ulysses=parallel.ulysses,
+        shard=parallel.shard,
         dtype=model.dtype,
         autocast=model.autocast,
         lora=model.lora,
         gradient_checkpointing=model.gradient_checkpointing,
+        offload_activations=model.offload_activations,
+        tile_tokens=model.tile_tokens,
+        liger=model.liger,
+        optimizer=recipe.optimizer.kind,
         reference=recipe.rl.kl_weight > 0 and bool(recipe.phases),
     )
 
@@ -126,7 +133,9 @@ def this_device(recipe: Recipe) -> tuple[Gpu, str]:
     device = pick_device(recipe.model.device)
     if device.type == "cuda":
         seen = torch.cuda.get_device_properties(device)
-        near = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in seen.name.upper()), GPUS["h100-80"])
+        near = next(
+            (gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in seen.name.upper()), GPUS["h100-80"]
+        )
         return replace(near, name=seen.name, memory=float(seen.total_memory)), seen.name
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpu = replace(GPUS["h100-80"], name="this machine's memory", memory=memory, host_memory=memory)
@@ -154,5 +163,9 @@ def check_fits(recipe: Recipe, console: Console, *, force: bool, gpus: int = 1) 
         console.warn(f"{problem}; going on, as --force says")
         return
     better = propose(shape, setting_of(recipe, gpus), gpu, loads_of(recipe))
-    way_out = f"{' '.join(better.changes)} would" if better.best else "nothing that the planner knows would: see longreach plan"
+    way_out = (
+        f"{' '.join(better.changes)} would"
+        if better.best
+        else "nothing that the planner knows would: see longreach plan"
+    )
     raise ValueError(f"{problem}. {way_out}; --force goes on nevertheless")

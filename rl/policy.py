@@ -5,6 +5,7 @@ Another generator (a serving engine) replaces `sample` and nothing else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,11 +27,16 @@ from ..engine import (
 )
 from ..engine.generate import GeneratorConfig, OnDone
 from ..engine.model import DTYPES, ModelConfig, pick_device, stop_tokens
+from ..engine.optimizer import apply_update
+from ..engine.sharding import place
 from ..kernels import LogProbs, PolicyLoss
 from .config import nearest
 from .prompts import Prompt
+from .ranks import Ranks
 
 SHIPPED = "shipped:"
+_IDLE_TOKENS = 64
+"""Of an idle turn's prompt: a few for each of the ranks that a row may be shared out over."""
 
 
 def model_source(config: ModelConfig) -> str:
@@ -45,17 +51,30 @@ def model_source(config: ModelConfig) -> str:
 
 
 class Policy:
-    """A loaded model and how it is used. `path` overrides `config.path`, to load a checkpoint of the same model."""
+    """A loaded model and how it is used. `path` overrides `config.path`, to load a checkpoint of the same model.
 
-    def __init__(self, config: ModelConfig, generator: GeneratorConfig, path: Path | str | None = None) -> None:
+    On many ranks all of them make the same calls: `logprobs` and `loss` with the groups of their own data rank (or `idle`,
+    while others have some), everything else with the same arguments.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        generator: GeneratorConfig,
+        path: Path | str | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         source = model_source(config) if path is None else path
+        self.ranks = ranks or Ranks()
+        mesh, device = self.ranks.mesh, pick_device(config.device)
+        sharded = mesh is not None and mesh.config.shard  # its whole weights need not fit on a device
         self.config = config
         self.generator = generator
         self.tokenizer = load_tokenizer(model_source(config), trust_remote_code=config.trust_remote_code)
         self.model: PreTrainedModel = load_model(
             source,
             dtype=DTYPES[config.dtype],
-            device=pick_device(config.device),
+            device="cpu" if sharded else device,
             yarn=config.yarn if path is None else None,  # a saved checkpoint already carries it
             rope_scaling=config.rope_scaling if path is None else None,
             gradient_checkpointing=config.gradient_checkpointing,
@@ -65,7 +84,13 @@ class Policy:
             trust_remote_code=config.trust_remote_code,
             lora=config.lora,
         )
+        self.weights = place(self.model, mesh, compute=torch.bfloat16 if config.autocast else None, device=device)
         self.stop_ids = stop_tokens(self.model, self.tokenizer)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether ranks wait for each other within a forward, so that all must run the same ones."""
+        return self.weights.lockstep or self.ranks.sequence is not None
 
     def precision(self) -> AbstractContextManager[object]:
         """bfloat16 compute on fp32 weights where `autocast` asks for it."""
@@ -76,12 +101,35 @@ class Policy:
     def logprobs(self, groups: Sequence[Group], temperature: float, budget: int | None = None) -> LogProbs:
         """Of the groups' completions; `budget` as `engine.completion_logprobs` has it."""
         with self.precision():
-            return completion_logprobs(self.model, groups, temperature=temperature, budget=budget)
+            return self.weights.run(
+                lambda: completion_logprobs(
+                    self.model, groups, temperature=temperature, mesh=self.ranks.sequence, budget=budget
+                )
+            )
 
     def loss(self, groups: Sequence[Group], temperature: float, **inputs: Any) -> PolicyLoss:
         """A policy loss of the groups' completions; `inputs` are those of `engine.completion_policy_loss`."""
         with self.precision():
-            return completion_policy_loss(self.model, groups, temperature=temperature, **inputs)
+            return self.weights.run(
+                lambda: completion_policy_loss(
+                    self.model, groups, temperature=temperature, mesh=self.ranks.sequence, **inputs
+                )
+            )
+
+    def idle(self) -> None:
+        """A turn without a row of one's own: weights are gathered by all ranks or none, and gradients summed likewise."""
+        if not self.weights.lockstep:
+            return
+        group = Group(torch.zeros(_IDLE_TOKENS, dtype=torch.long), [torch.zeros(1, dtype=torch.long)])
+        nothing = torch.zeros(1, device=self.model.device)
+        made = self.loss([group], 1.0, old_logp=None, advantages=nothing + 1.0, kind="reinforce", normalizer=1.0)
+        if torch.is_grad_enabled():
+            (made.loss * 0.0).backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, learning_rate: float, grad_clip: float) -> float:
+        """One update from the gradients of all ranks; as `apply_update`."""
+        self.weights.sum_gradients()
+        return apply_update(optimizer, self.model, learning_rate, grad_clip)
 
     def sample(
         self,
@@ -93,20 +141,27 @@ class Policy:
     ) -> list[list[Completion]]:
         """G completions of each prompt; the same call on the same weights gives the same completions.
 
-        `on_done` is handed each as it ends (a generator that can't tell may leave it: what is returned counts).
+        `on_done` is handed each of this rank's as it ends (a generator that can't tell may leave it: what is returned
+        counts).
         """
         ids = [torch.tensor(prompt.ids) for prompt in prompts]
+        shares = self.ranks.share([len(prompt) + group_size * sampling.max_completion for prompt in ids])
         with self.precision():
-            return generate(
-                self.model,
-                ids,
-                group_size,
-                sampling,
-                stop_ids=self.stop_ids,
-                seed=seed,
-                batch_tokens=self.generator.batch_tokens,
-                on_done=on_done,
+            mine = self.weights.run_gathered(
+                lambda: generate(
+                    self.model,
+                    ids,
+                    group_size,
+                    sampling,
+                    stop_ids=self.stop_ids,
+                    seed=seed,
+                    batch_tokens=self.generator.batch_tokens,
+                    on_done=on_done,
+                    share=shares[self.ranks.rank],
+                )
             )
+        made = dict(zip(itertools.chain(*shares), itertools.chain(*self.ranks.every(mine)), strict=True))
+        return [made[i] for i in range(len(ids))]
 
     def text(self, completion: Completion) -> str:
         """The completion as text, its stop token left out."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.generate import GeneratorConfig
+from ..engine.mesh import ParallelConfig
 from ..engine.model import ModelConfig
 from ..engine.optimizer import OptimizerConfig
 from .config import build, nearest, override
@@ -47,6 +48,7 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

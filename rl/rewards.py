@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from . import answers as strict
 from .functions import checked_values, load_function, trl_columns
-from .judge import Case, Judge, JudgeConfig, make_judge
+from .judge import Case, Judge, JudgeConfig, JudgeFailing, make_judge
 from .prompts import question_of
+from .ranks import Ranks
 from .rows import Example
 from .rules import NOT_JUDGED, SCORINGS, Verdict, check_scoring, rule_reward, score_example
 from .scoring import Ended, Looked, Scoring
@@ -69,6 +70,7 @@ def make_reward(
     environ: Mapping[str, str] = os.environ,
     home: Path | None = None,
     warn: Callable[[str], object] = warnings.warn,
+    ranks: Ranks | None = None,
 ) -> Reward:
     """The reward that a config describes. environ is where the judge's API key is looked up, `home` the run folder.
 
@@ -76,13 +78,20 @@ def make_reward(
     """
     function = load_function(config.function) if config.function else None
     judge = make_judge(config.judge, environ, home, warn) if config.judge else None
-    return Reward(config, function, judge)
+    return Reward(config, function, judge, ranks)
 
 
 class Reward:
-    """Scores completions. Holds the judge's cache and counters, no other state."""
+    """Scores completions. Holds the judge's cache and counters, no other state.
 
-    def __init__(self, config: RewardConfig, function: Callable[..., Any] | None, judge: Judge | None) -> None:
+    On many ranks all of them score the same completions. Each rank judges the cases that are its own, always the same ones,
+    so that a case is asked once; a user's function sees the whole batch on rank 0, as it would on one process.
+    """
+
+    def __init__(
+        self, config: RewardConfig, function: Callable[..., Any] | None, judge: Judge | None, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.config = config
         self.function = function
         self.judge = judge
@@ -91,8 +100,12 @@ class Reward:
             raise ValueError(f"reward function is named {self._name!r}, which is a part of its own; rename it")
 
     def metrics(self) -> dict[str, float]:
-        """The judge's counters since the start; empty without a judge."""
-        return self.judge.metrics() if self.judge else {}
+        """The judge's counters since the start, of all ranks; empty without a judge."""
+        if self.judge is None:
+            return {}
+        counted = self.ranks.every(self.judge.metrics())
+        names = dict.fromkeys(name for part in counted for name in part)
+        return {name: _over_ranks(name, [part[name] for part in counted if name in part]) for name in names}
 
     def scoring(self, group_size: int) -> Scoring[Verdict | None]:
         """A block within which completions are handed in as they end; `finish` scores them."""
@@ -127,16 +140,38 @@ class Reward:
         or one that is neither a finite number nor None, and JudgeFailing if the judge is no use.
         """
         assert len(examples) == len(prompts) == len(completions) == len(completion_ids)
-        values: list[float | None] = [None] * len(completions)
-        if self.function:
-            # Of all completions at once and in this thread: it may compare them, draw random numbers, or run a loop.
-            returned = self.function(**trl_columns(examples, prompts, completions, completion_ids))
-            returned = _run(_settle(returned)) if inspect.isawaitable(returned) else returned
-            values = checked_values(returned, len(completions), self._name)
-        looked = scoring.results()
-        if self.judge is not None:
-            self.judge.check()
-        return [self._combine(*row) for row in zip(looked, values, strict=True)]
+        values = self.ranks.first(lambda: self._values(examples, prompts, completions, completion_ids))
+        looked = self._looked(scoring)
+        return [self._combine(looked[index], value) for index, value in enumerate(values)]
+
+    def _values(
+        self,
+        examples: Sequence[Example],
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+    ) -> list[float | None]:
+        """The user's function of all completions at once, in this thread: it may compare them, draw random numbers, or
+        run a loop."""
+        if self.function is None:
+            return [None] * len(completions)
+        returned = self.function(**trl_columns(examples, prompts, completions, completion_ids))
+        returned = _run(_settle(returned)) if inspect.isawaitable(returned) else returned
+        return checked_values(returned, len(completions), self._name)
+
+    def _looked(self, scoring: Scoring[Verdict | None]) -> dict[int, Looked[Verdict | None]]:
+        """What became of all completions, each handed in on one rank. A judge that is no use on one is so on all."""
+        mine, failing = scoring.results(), None
+        try:
+            if self.judge is not None:
+                self.judge.check()
+        except JudgeFailing as error:
+            failing = error
+        every = self.ranks.every((mine, failing))
+        for _, problem in every:
+            if problem is not None:
+                raise problem
+        return {index: looked for part, _ in every for index, looked in part.items()}
 
     def _look(self, ended: Ended) -> tuple[Verdict | None, Case | None]:
         """The rule's verdict, and what to ask the judge. Runs in another thread: it reads this object and no more."""
@@ -186,6 +221,13 @@ class Reward:
         if judged is not None and rule is not None and judged != rule.score:
             reason = "judged_correct" if judged > rule.score else "disputed" if self.config.rule else reason
         return Scored(best, parts, reason, rule)
+
+
+def _over_ranks(name: str, values: Sequence[float]) -> float:
+    """One number of the ranks' own: counters add up, a rate is their mean, and a breaker is as open as the most open one."""
+    if name == "judge/breaker":
+        return max(values)
+    return sum(values) / (len(values) if name.endswith("_rate") else 1)
 
 
 async def _settle(value: Awaitable[Any]) -> Any:

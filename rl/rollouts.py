@@ -126,9 +126,14 @@ def roll_out(
         with watch("gen"):
             sampled = _completions(saved, prompts) or policy.sample(prompts, group_size, sampling, seed, ended)
         flat = [completion for group in sampled for completion in group]
+        ranks, told = policy.ranks, frozenset().union(*policy.ranks.every(frozenset(texts)))
         for index, completion in enumerate(flat):
-            if index not in texts:
-                ended(index // group_size, index % group_size, completion)
+            group, place = divmod(index, group_size)
+            if index not in told and group % ranks.size == ranks.rank:
+                ended(group, place, completion)
+            elif index not in texts:  # another rank hands it in
+                texts[index] = policy.text(completion)
+                on_done(1)
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
     if reward.judge is not None:

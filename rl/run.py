@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,13 @@ class RunConfig:
 
 
 class RunFolder:
-    """Paths and line files of one run. One process at a time: a second one is refused."""
+    """Paths and line files of one run. One run at a time: a second one is refused.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Of a run's many ranks one writes: with `writes` False all that would change a file does nothing.
+    """
+
+    def __init__(self, root: Path, *, writes: bool = True) -> None:
+        self.root, self.writes = root, writes
         self._lock: IO[str] | None = None
 
     @property
@@ -73,6 +76,8 @@ class RunFolder:
         Raises:
             ValueError: the folder belongs to another recipe, isn't a run folder, or another process is writing it.
         """
+        if not self.writes:
+            return
         kept = self.root / "recipe.toml"
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{self.root} is a file: give another --run-dir")
@@ -87,12 +92,15 @@ class RunFolder:
             raise ValueError(
                 f"another process is training in {self.root}: wait for it, or give another --run-dir"
             ) from None
-        if kept.exists() and kept.read_text(encoding="utf-8") != recipe_text:
-            raise ValueError(
-                f"{self.root} was begun with another recipe ({_first_difference(kept, recipe_text)}): resume with that one, or give another --run-dir"
-            )
-        if not kept.exists():
-            write_atomically(kept, recipe_text)
+        if kept.exists():
+            before = kept.read_text(encoding="utf-8")
+            if (difference := _difference(before, recipe_text)) is not None:
+                raise ValueError(
+                    f"{self.root} was begun with another recipe ({difference}): resume with that one, or give another --run-dir"
+                )
+            if before == recipe_text:
+                return
+        write_atomically(kept, recipe_text)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -101,6 +109,8 @@ class RunFolder:
 
     def rewind(self, step: int, unfinished: Collection[str]) -> None:
         """Cuts off metrics, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
+        if not self.writes:
+            return
         for left in self.root.rglob(f"*{UNFINISHED}"):
             left.unlink()
         if self.metrics_file.exists():
@@ -123,6 +133,8 @@ class RunFolder:
 
     def claim(self, what: str, value: str) -> None:
         """Raises ValueError if the run was begun with another `value` of `what`: its rollouts and pool would not fit."""
+        if not self.writes:
+            return
         kept = self.root / "data" / f"{what}.claim"
         if kept.exists() and kept.read_text(encoding="utf-8") != value:
             raise ValueError(
@@ -131,6 +143,8 @@ class RunFolder:
         write_atomically(kept, value)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
         }  # JSON has no NaN
@@ -141,7 +155,11 @@ class RunFolder:
 
     def write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         """A whole JSONL file or none."""
-        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def write_text(self, path: Path, text: str) -> None:
+        if self.writes:
+            write_atomically(path, text)
 
 
 class BatchLog:
@@ -205,21 +223,32 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _first_difference(kept: Path, text: str) -> str:
-    old, new = set(kept.read_text(encoding="utf-8").splitlines()), set(text.splitlines())
+def _difference(kept: str, text: str) -> str | None:
+    """The first difference of two recipes; how a run is shared out over ranks ([parallel]) is none."""
+    old, new = (set(_without_parallel(recipe)) for recipe in (kept, text))
     there, here = sorted(old - new), sorted(new - old)
-    return f"there: {there[0] if there else '-'}; here: {here[0] if here else '-'}"
+    return f"there: {there[0] if there else '-'}; here: {here[0] if here else '-'}" if there or here else None
+
+
+def _without_parallel(recipe: str) -> Iterator[str]:
+    inside = False
+    for line in recipe.splitlines():
+        inside = line == "[parallel]" or (inside and not line.startswith("["))
+        if line and not inside:
+            yield line
 
 
 class Stopwatch:
-    """Seconds by name, under verl's names: `timing_s/gen` and so on."""
+    """Seconds by name, under verl's names: `timing_s/gen` and so on. `note` is told what has begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], object] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.note = note
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.note(name)
         try:
             yield
         finally:

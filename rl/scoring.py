@@ -93,8 +93,8 @@ class Scoring(Generic[V]):
         if len(members) == self._together:
             self._send(group)
 
-    def results(self) -> list[Looked[V]]:
-        """Of all completions handed in, by index. Waits for rules, and `max_wait` seconds for the judge.
+    def results(self) -> dict[int, Looked[V]]:
+        """Of all completions handed in, by index and in its order. Waits for rules, and `max_wait` seconds for the judge.
 
         Raises what a rule or the judge raised, the first by index.
         """
@@ -105,7 +105,7 @@ class Scoring(Generic[V]):
         for group in sorted(self._under_way):
             found |= self._result(self._under_way[group], start + self._max_wait)
         self.waited += time.perf_counter() - start
-        return list(found.values())  # groups in order, and each one's members
+        return found  # groups in order, and each one's members
 
     def _send(self, group: int) -> None:
         members = self._waiting.pop(group)

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from ..engine import Group, pack_groups
-from ..engine.optimizer import Schedule, apply_update
+from ..engine.optimizer import Schedule
+from ..kernels import Mean
 from .policy import Policy
 from .prompts import Prompt
 from .run import Stopwatch
 from .seeds import derive
+from .step_metrics import add_means
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,15 @@ def sft_step(
 ) -> dict[str, float]:
     """One update. The loss is divided by the examples of the whole batch, so micro-batches don't change it."""
     watch = Stopwatch()
-    total_loss = total_entropy = 0.0
+    sums: dict[str, Mean] = {}
     tokens = sum(len(g.completions[0]) for g in batch)
     with watch("step"):
-        for row in pack_groups(batch, config.micro_batch_tokens):
+        rows = pack_groups(batch, config.micro_batch_tokens)
+        for turn in policy.ranks.rows([row.tokens for row in rows]):
+            if turn is None:
+                policy.idle()
+                continue
+            row = rows[turn]
             lengths = torch.tensor(row.completion_lengths, device=policy.model.device)
             # the policy gradient of examples whose advantage is 1 / |y| on each token
             made = policy.loss(
@@ -95,11 +102,12 @@ def sft_step(
                 kind="reinforce", normalizer=len(batch),
             )  # fmt: skip
             made.loss.backward()
-            total_loss += made.loss.item()
-            total_entropy += float(made.metrics["entropy"].total)
-        norm = apply_update(optimizer, policy.model, learning_rate, grad_clip)
+            loss = made.loss.detach().double()
+            add_means(sums, {"loss": Mean(loss, torch.ones_like(loss)), "entropy": made.metrics["entropy"]})
+        sums = policy.ranks.total(sums)
+        norm = policy.update(optimizer, learning_rate, grad_clip)
     processed = sum(group.tokens for group in batch)
     return {
-        "loss": total_loss, "entropy": total_entropy / tokens, "grad_norm": norm, "learning_rate": learning_rate,
+        "loss": float(sums["loss"].total), "entropy": float(sums["entropy"].total) / tokens, "grad_norm": norm, "learning_rate": learning_rate,
         "num_tokens": processed, "perf/throughput": processed / watch.seconds["timing_s/step"], **watch.seconds,
     }  # fmt: skip

@@ -26,6 +26,7 @@ from ..engine.checkpoint import (
     set_rng_state,
 )
 from ..engine.model import save_model, trainable
+from ..engine.whole import shard_like, whole
 from .policy import Policy
 
 
@@ -45,29 +46,52 @@ class Progress:
 
 
 def save(policy: Policy, optimizer: torch.optim.Optimizer | None, progress: Progress, root: Path, keep: int) -> Path:
-    """One complete checkpoint named by the global step. OSError leaves the older ones standing."""
+    """One complete checkpoint named by the global step; all ranks call it. OSError leaves the older ones standing."""
+    begun = []
 
-    def write(folder: Path) -> None:
-        save_weights(policy, folder)
-        with _full_disk_as_oserror():
-            save_state(optimizer.state_dict() if optimizer else None, folder, "optimizer")
-            save_state({**vars(progress), "rng": rng_state()}, folder, "progress")
+    def write(folder: Path | None) -> None:
+        """Each part gathers, then writes where there is a folder; ranks that wait to gather are not left alone."""
+        begun.append(folder)
+        problem = None
+        for part in (
+            lambda at: save_weights(policy, at),
+            lambda at: save_state(optimizer.state_dict() if optimizer else None, at, "optimizer"),
+            lambda at: save_state({**vars(progress), "rng": rng_state()}, at, "progress"),
+        ):
+            try:
+                part(folder)
+            except OSError as error:
+                problem, folder = error, None
+        if problem is not None:
+            raise problem
 
-    return save_checkpoint(root, progress.step, write, keep=keep)
+    def lead() -> Path:
+        try:
+            return save_checkpoint(root, progress.step, write, keep=keep)
+        finally:
+            if not begun:
+                write(None)
+
+    return policy.ranks.together(lead, lambda: write(None))
 
 
-def save_weights(policy: Policy, folder: Path) -> None:
+def save_weights(policy: Policy, folder: Path | None) -> None:
     """What a checkpoint needs of the model: all of it, or its adapters."""
     if policy.config.lora is None:
-        save_plain(policy, folder / "model")
+        _save_model(policy, folder and folder / "model")
         return
-    adapters = {name: p.detach().cpu().contiguous() for name, p in trainable(policy.model).items()}
+    adapters = {name: whole(p.detach()).cpu().contiguous() for name, p in trainable(policy.model).items()}
     with _full_disk_as_oserror():  # the base model is on disk already
-        save_file(adapters, folder / "adapters.safetensors")
+        if folder is not None:
+            save_file(adapters, folder / "adapters.safetensors")
 
 
 def save_plain(policy: Policy, folder: Path) -> None:
-    """The whole model, adapters merged, in the transformers layout. Raises OSError."""
+    """The whole model, adapters merged, in the transformers layout; all ranks call it. Raises OSError."""
+    policy.ranks.together(lambda: _save_model(policy, folder), lambda: _save_model(policy, None))
+
+
+def _save_model(policy: Policy, folder: Path | None) -> None:
     with _full_disk_as_oserror():
         save_model(policy.model, policy.tokenizer, folder)
 
@@ -80,14 +104,14 @@ def _full_disk_as_oserror() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-@torch.no_grad()
 def load_adapters(policy: Policy, folder: Path) -> None:
     parameters = trainable(policy.model)
     saved = load_file(folder / "adapters.safetensors")
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder}: its adapters belong to another [model.lora] section")
     for name, tensor in saved.items():
-        parameters[name].copy_(tensor)
+        with torch.no_grad():
+            parameters[name].copy_(shard_like(tensor, parameters[name]))
 
 
 def newest(root: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
@@ -111,6 +135,13 @@ def restore_random_states(folder: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    saved = load_state(folder, "optimizer")
+    """Averages as they were, each rank its own shard of them, whatever number of ranks wrote them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def place(path: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor:
+        like = parameters[path[1]] if path[0] == "state" else tensor
+        return shard_like(tensor, like) if tensor.shape == like.shape else tensor
+
+    saved = load_state(folder, "optimizer", place)
     assert saved is not None, "a checkpoint within a training stage holds its optimizer"
     optimizer.load_state_dict(saved)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..kernels import Mean
 from .advantages import reward_spread
 from .agreement import agreement_metrics
 from .rollouts import RolloutGroup
@@ -53,6 +54,12 @@ def cost(groups: Sequence[RolloutGroup], watch: Stopwatch, device: torch.device)
         memory["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
     throughput = tokens / watch.seconds["timing_s/step"]
     return {"num_tokens": tokens, "perf/throughput": throughput, **memory, **watch.seconds}
+
+
+def add_means(totals: dict[str, Mean], more: Mapping[str, Mean]) -> None:
+    """Adds the means of a micro-batch, or of a rank."""
+    for name, mean in more.items():
+        totals[name] = totals[name] + mean if name in totals else mean
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """The main job: warm-up SFT -> phase 1 -> difficulty pass -> phase 2 -> ... with an evaluation after each -> report.
 
+On many ranks (`ranks.py`) all of them walk the same stages; rank 0 alone writes the folder and talks.
 A run is a list of stages. Training stages count steps and write checkpoints; evaluations and difficulty passes keep their
 finished batches in files. Killed at any moment, `train` on the same folder goes on and ends with the same weights.
 """
@@ -10,14 +11,15 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from ..engine.model import load_tokenizer
+from ..engine.launch import Job, join
+from ..engine.model import load_tokenizer, pick_device
 from ..engine.optimizer import Schedule, make_optimizer
 from . import passes, state
 from .config import dump
@@ -25,6 +27,7 @@ from .console import Console
 from .curriculum import phase_name
 from .grpo import GrpoTrainer
 from .policy import Policy, model_source
+from .ranks import Ranks
 from .recipe import Recipe, to_toml
 from .report import write_report
 from .rewards import make_reward
@@ -67,11 +70,14 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     return listed
 
 
-def train(recipe: Recipe, run_dir: Path, *, replay: Path | None = None, console: Console | None = None) -> Path:
-    """Runs or resumes the recipe in `run_dir`; gives the folder of the final model.
+def train(
+    recipe: Recipe, run_dir: Path, *, replay: Path | None = None, console: Console | None = None, job: Job | None = None
+) -> Path:
+    """Runs or resumes the recipe in `run_dir`, which all ranks must see; gives the folder of the final model.
 
     Args:
         replay: another run's folder: phases train on its saved rollouts instead of generating.
+        job: the ranks of this run, for a caller that has joined them already; None joins those that torchrun started.
 
     Raises:
         ValueError: anything wrong with the recipe, data, model or folder, before the first step.
@@ -84,34 +90,45 @@ def train(recipe: Recipe, run_dir: Path, *, replay: Path | None = None, console:
         )
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    folder = RunFolder(run_dir)
-    try:
-        folder.open(to_toml(dump(recipe)))
-        return Run(recipe, folder, replay, console or Console()).go()
-    finally:
-        folder.close()
+    with nullcontext(job) if job else join() as joined:
+        ranks = Ranks(joined, joined.connect(recipe.parallel, pick_device(recipe.model.device)))
+        folder = RunFolder(run_dir, writes=ranks.main)
+        try:
+            folder.open(to_toml(dump(recipe)))
+            voice = (console or Console()) if ranks.main else Console(quiet=True, warns=False)
+            return Run(recipe, folder, replay, voice, ranks).go()
+        finally:
+            folder.close()
 
 
 class Run:
     """One run of a recipe: where it stands (`progress`), and the stages that move it on."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, replay: Path | None, console: Console) -> None:
-        self.recipe, self.folder, self.console = recipe, folder, console
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, replay: Path | None, console: Console, ranks: Ranks | None = None
+    ) -> None:
+        self.recipe, self.folder, self.console, self.ranks = recipe, folder, console, ranks or Ranks()
         self.interrupted = False
-        found = state.newest(folder.checkpoints, console.warn)
+        self.ranks.note("loading")
+        found = self.ranks.first(lambda: state.newest(folder.checkpoints, console.warn))
         self.checkpoint, self.progress = found or (None, state.Progress())
+        self.saved = self.progress.step
         unfinished = [s.name for s in stages_of(recipe)[self.progress.stage :] if s.kind == "phase"]
         folder.rewind(self.progress.step, unfinished)
         tokenizer = load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
-        prompts = read_prompts(recipe, tokenizer, folder.root / "data", console)
-        folder.claim("data", fingerprint(prompts))
+        prompts = read_prompts(recipe, tokenizer, folder.root / "data" if self.ranks.main else None, console)
+        read = self.ranks.every(fingerprint(prompts))
+        if len(set(read)) > 1:
+            others = [rank for rank, print in enumerate(read) if print != read[0]]
+            raise ValueError(f"ranks {others} read other data than rank 0: all nodes must see the same files")
+        folder.claim("data", read[0])
         folder.claim("replay", "none" if replay is None else "rollouts of another run")
         seed_everything(recipe.run.seed)
         full = self.checkpoint / "model" if self.checkpoint and recipe.model.lora is None else None
-        policy = Policy(recipe.model, recipe.generator, full)
+        policy = Policy(recipe.model, recipe.generator, full, self.ranks)
         if self.checkpoint and recipe.model.lora:
             state.load_adapters(policy, self.checkpoint)
-        reward = make_reward(recipe.reward, home=folder.root, warn=console.warn)
+        reward = make_reward(recipe.reward, home=folder.root, warn=console.warn, ranks=self.ranks)
         self.context = passes.Context(
             recipe, folder, console, prompts, policy, reward, replay, self._stop_if_interrupted
         )
@@ -129,11 +146,14 @@ class Run:
                 self._stage_done(stage)
         final = self.folder.root / "model"
         state.save_plain(self.context.policy, final)
+        self.ranks.first(lambda: self._report(final))
+        return final
+
+    def _report(self, final: Path) -> None:
         report = write_report(self.folder.root)
-        if any(stage.kind == "eval" for stage in stages):
+        if any(stage.kind == "eval" for stage in stages_of(self.recipe)):
             self.console.accuracies(json.loads((self.folder.root / "summary.json").read_text()))
         self.console.say(f"final model: {final}\nreport: {report}")
-        return final
 
     def _sft(self, stage: Stage) -> None:
         policy, config = self.context.policy, self.recipe.sft
@@ -183,7 +203,8 @@ class Run:
                 raise
             rollouts = [rollout.dump() for group in groups for rollout in group.rollouts]
             self.folder.write_lines(self.folder.rollouts_file(stage.name, number), rollouts)
-            self.folder.unjudged_file.unlink(missing_ok=True)
+            if self.folder.writes:
+                self.folder.unjudged_file.unlink(missing_ok=True)
             self.progress.sampler = sampler.state()
             self.progress.entropy = trainer.entropy.state()
             return metrics
@@ -194,16 +215,18 @@ class Run:
         """The loop that all training stages share: evaluation where one is due, step, metrics line, checkpoint, Ctrl-C."""
         every = self.recipe.eval.every if stage.kind == "phase" and self.recipe.data.eval else 0
         while (done := self.progress.stage_step) < steps:
+            if self._asked_to_stop() and self.progress.step > self.saved:
+                self._save()
+            self._stop_if_interrupted()
             if every and done and done % every == 0:  # before the step: a run killed in it comes back to it
                 passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
-            self._stop_if_interrupted()
+            self.ranks.note(stage.name, self.progress.step + 1)
             metrics = one(done, schedule.at(done, steps))
             done = self.progress.stage_step = done + 1
             self.progress.step += 1
             self.folder.add_metrics({"stage": stage.name, "step": self.progress.step, "stage_step": done, **metrics})
             self.console.metrics(stage.name, done, steps, metrics)
-            due = done % self.recipe.run.save_every == 0 or (every and done % every == 0)
-            if done < steps and (due or self.interrupted):
+            if done < steps and (done % self.recipe.run.save_every == 0 or (every and done % every == 0)):
                 self._save()
 
     def _eval(self, stage: Stage) -> None:
@@ -233,10 +256,12 @@ class Run:
 
     def _save(self) -> None:
         keep = self.recipe.run.keep_checkpoints
+        self.ranks.note("checkpoint", self.progress.step)
         try:
             self.checkpoint = state.save(
                 self.context.policy, self.optimizer, self.progress, self.folder.checkpoints, keep
             )
+            self.saved = self.progress.step
         except OSError as error:
             good = self.checkpoint or "none yet"
             self.console.warn(
@@ -250,11 +275,11 @@ class Run:
         folder = self.folder.root / "reference"
         if stage.index == 0 and self.progress.stage_step == 0:
             state.save_plain(self.context.policy, folder)
-        elif not folder.is_dir():
+        elif not self.ranks.first(folder.is_dir):
             raise ValueError(
                 f"{folder}, the model that the KL term compares with, is gone: restore it, or begin a new run"
             )
-        policy = Policy(replace(self.recipe.model, lora=None), self.recipe.generator, folder)
+        policy = Policy(replace(self.recipe.model, lora=None), self.recipe.generator, folder, self.ranks)
         policy.model.requires_grad_(False)
         return policy
 
@@ -263,21 +288,29 @@ class Run:
         if index == 0 or self.recipe.retrospective is None:
             return []
         pool = self.folder.pool_file(phase_name(index - 1))
-        selected = {line["prompt_id"] for line in read_lines(pool) if line["selected"]}
+        selected = self.ranks.first(lambda: {line["prompt_id"] for line in read_lines(pool) if line["selected"]})
         return [i for i, prompt in enumerate(self.context.prompts.train) if prompt.example.id in selected]
 
     def _replayed(self, stage: str, step: int) -> list[RolloutGroup] | None:
         if self.context.replay is None:
             return None
         path = RunFolder(self.context.replay).rollouts_file(stage, step)
-        if not path.exists():
+        lines = self.ranks.first(lambda: list(read_lines(path)) if path.exists() else None)
+        if lines is None:
             raise ValueError(f"{path} is missing: {self.context.replay} has no saved rollouts of that step to replay")
-        return regroup(read_lines(path), {p.example.id: p for p in self.context.prompts.train})
+        return regroup(lines, {p.example.id: p for p in self.context.prompts.train})
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was interrupted: signals come at different moments, and all must stop at the same one."""
+        self.interrupted = self.ranks.any(self.interrupted)
+        return self.interrupted
 
     def _unjudged(self, stage: str) -> list[RolloutGroup]:
         """What the step before us, this one, had sampled when the judge failed it."""
         path = self.folder.unjudged_file
-        lines = [line for line in read_lines(path) if line["stage"] == stage] if path.exists() else []
+        lines = self.ranks.first(
+            lambda: [line for line in read_lines(path) if line["stage"] == stage] if path.exists() else []
+        )
         return regroup(lines, {p.example.id: p for p in self.context.prompts.train})
 
     def _keep(self, error: Unjudged) -> None:
@@ -289,7 +322,7 @@ class Run:
         self.console.warn(f"{len(rollouts)} completions of this step are kept in {self.folder.unjudged_file}")
 
     def _stop_if_interrupted(self) -> None:
-        if self.interrupted:
+        if self._asked_to_stop():
             raise Stopped(f"stopped at step {self.progress.step}; the same command goes on from here")
 
     @contextmanager

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from bench import plan  # pyright: ignore[reportAttributeAccessIssue]
 
 CASES = plan.cases("cpu")
@@ -18,7 +19,9 @@ def test_a_trace_is_what_was_measured(case: tuple) -> None:  # type: ignore[type
     assert made.formula is None
 
 
-def test_a_wrong_trace_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_trace_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(plan, "measure", lambda what, *_: plan.Measured(what, 100, 115, None))
     assert plan.main(["--out", str(tmp_path / "plan.json")]) == 1
     assert "off by more than 10%" in capsys.readouterr().err

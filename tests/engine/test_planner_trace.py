@@ -83,7 +83,12 @@ def _twice(setting: Setting) -> Any:
     def step(model: nn.Module) -> None:
         for _ in range(2):
             completion_policy_loss(
-                model, lengths(ROW), None, torch.ones(ROW.loss_rows), kind="grpo", normalizer=1.0  # type: ignore[arg-type]
+                model,
+                lengths(ROW),
+                None,
+                torch.ones(ROW.loss_rows),
+                kind="grpo",
+                normalizer=1.0,  # type: ignore[arg-type]
             ).loss.backward()
 
     with pretending(HOPPER):

@@ -227,7 +227,7 @@ def data_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recipe(tiny_dir: Path, data_dir: Path) -> Callable[..., Recipe]:
     """The whole main job in a second or two: 2 steps of SFT, 2 phases of 3 steps, a difficulty pass between them.
 

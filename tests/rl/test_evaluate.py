@@ -15,6 +15,7 @@ from longreach.engine import Completion, Sampling
 from longreach.rl.evaluate import EvalConfig, evaluate, summarize
 from longreach.rl.policy import OnDone, Policy
 from longreach.rl.prompts import Prompt
+from longreach.rl.ranks import Ranks
 from longreach.rl.run import BatchLog
 
 Make = Callable[..., Any]
@@ -34,7 +35,7 @@ class StubPolicy:
     """Completions whose tokens name the prompt and the seed; no model."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.ranks = tokenizer, Ranks()
         self.calls: list[tuple[list[str], int, Sampling, int]] = []
 
     def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone) -> Any:

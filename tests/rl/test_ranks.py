@@ -1,0 +1,158 @@
+"""A run on 1, 2 or 4 ranks is the same run: rollouts, rewards, metrics and weights, also when ranks change in between.
+
+Everything is fp64 (norms too), so that what differs is the order of sums: 1e-16, which AdamW's division by small second
+moments and a few dozen updates make larger. `TOLERANCE` is relative to a weight's largest entry. A gradient that is a mean
+over ranks, a loss or a metric normalised per rank, an unequal random stream: each is off by a share of the whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longreach.rl.config import dump
+from longreach.rl.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("ranks_run.py")
+TOLERANCE = 1e-11
+MEASURED = ("timing_s/", "perf/")
+WAIT_S = 300.0
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "kl": {"rl__kl_weight": 0.2, "rl__updates": 2, "rl__kind": "dr_grpo", "model__gradient_checkpointing": True},
+    "dapo": {
+        "rl__kind": "dapo", "rl__dynamic_sampling": True, "rl__overlong_buffer": 3, "rl__scale": "task", "data__eval": [],
+        "rl__entropy_weight": 0.01, "rl__importance_cap": 2.0, "rl__max_batches": 3, "parallel__shard": False,
+    },
+    "lora": {"model__lora": {"rank": 4, "alpha": 8.0}, "rl__kl_weight": 0.05, "rl__kind": "bnpo", "data__eval": []},
+    "entropy": {
+        "rl__kind": "gspo", "rl__updates": 2, "rl__top_entropy_quantile": 0.8, "rl__entropy_weight": 0.01, "data__eval": [],
+        "rl__adaptive_entropy": {"target": 99.0, "delta": 0.01}, "rl__aepo": {"low": 1.0, "high": 5.0},
+        "rl__importance_range": [0.5, 5.0], "retrospective": None,
+    },
+}  # fmt: skip
+ON_TWO: dict[str, dict[str, Any]] = {"entropy": {"ulysses": 2}}
+ON_FOUR: dict[str, dict[str, Any]] = {"kl": {"ring": 2}, "dapo": {"shard": False}}
+
+
+class Runs:
+    """Trains recipes on so many ranks, in one set of processes."""
+
+    def __init__(self, start: Callable[..., Any], folder: Path) -> None:
+        self.start, self.folder, self.count = start, folder, 0
+
+    def __call__(self, ranks: int, jobs: Sequence[dict[str, Any]]) -> list[Any]:
+        """The ended processes."""
+        self.count += 1
+        folder = self.folder / f"{self.count}-on-{ranks}"
+        folder.mkdir()
+        (folder / "jobs.json").write_text(json.dumps(list(jobs)))
+        started = self.start(ranks, SCRIPT, folder)
+        for rank in started:
+            rank.wait(WAIT_S)
+        return started
+
+
+def job(recipe: Recipe, run_dir: Path, **parts: Any) -> dict[str, Any]:
+    return {"name": run_dir.name, "recipe": dump(recipe), "run_dir": str(run_dir), **parts}
+
+
+def well(ranks: Sequence[Any]) -> None:
+    assert [rank.status for rank in ranks] == [0] * len(ranks), "\n".join(
+        rank.err.read_text()[-3000:] for rank in ranks
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(start_ranks: Callable[..., Any], folder: Path) -> Runs:
+    return Runs(start_ranks, folder)
+
+
+@pytest.fixture(scope="module")
+def recipe_of(make_recipe: Callable[..., Recipe], data_dir: Path) -> Callable[..., Recipe]:
+    def make(flavour: str, **parallel: Any) -> Recipe:
+        keys = {
+            "model__dtype": "float64", "phases__1__upper": 120, "rl__batch_prompts": 4, "rl__micro_batch_tokens": 140,
+            "sft__micro_batch_tokens": 200, "eval__k": 2, "retrospective__samples": 2, **FLAVOURS[flavour],
+        }  # fmt: skip
+        if keys.get("retrospective", True) is None:
+            del keys["retrospective__samples"]
+        return make_recipe(**keys, **{f"parallel__{key}": value for key, value in parallel.items()})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs, recipe_of: Callable[..., Recipe], folder: Path) -> dict[str, Path]:
+    """Run folders of one process."""
+    made = {name: folder / f"{name}-1" for name in FLAVOURS}
+    well(runs(1, [job(recipe_of(name), path) for name, path in made.items()]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def on_two(runs: Runs, recipe_of: Callable[..., Recipe], folder: Path) -> dict[str, Path]:
+    made = {name: folder / f"{name}-2" for name in FLAVOURS}
+    well(runs(2, [job(recipe_of(name, **ON_TWO.get(name, {})), path) for name, path in made.items()]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def on_four(runs: Runs, recipe_of: Callable[..., Recipe], folder: Path) -> dict[str, Path]:
+    made = {name: folder / f"{name}-4" for name in ON_FOUR}
+    well(runs(4, [job(recipe_of(name, **ON_FOUR[name]), path) for name, path in made.items()]))
+    return made
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def assert_same(made: Path, whole: Path) -> None:
+    """Sampled tokens, rewards and decisions are equal, numbers within rounding."""
+    rollouts = sorted(path.relative_to(whole) for path in (whole / "rollouts").glob("phase*/*.jsonl"))
+    assert rollouts == sorted(path.relative_to(made) for path in (made / "rollouts").glob("phase*/*.jsonl"))
+    for path in rollouts:
+        mine, theirs = ([json.loads(line) for line in (run / path).read_text().splitlines()] for run in (made, whole))
+        for key in ("prompt_id", "group", "completion_ids", "rewards", "reward", "used"):
+            assert [line[key] for line in mine] == [line[key] for line in theirs], f"{path}: {key}"
+        assert [line["advantage"] for line in mine] == [line["advantage"] for line in theirs]
+    for name in ("evals", "pool"):
+        for path in (whole / name).glob("*.json*"):
+            assert (made / name / path.name).read_bytes() == path.read_bytes(), path.name
+    for mine, theirs in zip(metrics(made), metrics(whole), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            known = value if isinstance(value, str | None) else pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE)
+            assert mine[key] == known, f"{key} of step {theirs['step']}"
+    for name, weight in weights(whole).items():
+        worst = (weights(made)[name] - weight).abs().max() / weight.abs().max()
+        assert worst < TOLERANCE, f"{name}: {worst:.2g}"
+
+
+@pytest.mark.parametrize("flavour", sorted(FLAVOURS))
+def test_two_ranks_train_what_one_process_trains(flavour: str, alone: dict[str, Path], on_two: dict[str, Path]) -> None:
+    assert_same(on_two[flavour], alone[flavour])
+
+
+@pytest.mark.parametrize("flavour", sorted(ON_FOUR))
+def test_four_ranks_train_what_one_process_trains(
+    flavour: str, alone: dict[str, Path], on_four: dict[str, Path]
+) -> None:
+    assert_same(on_four[flavour], alone[flavour])
