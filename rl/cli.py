@@ -147,7 +147,7 @@ def _train(known: argparse.Namespace, overrides: list[tuple[str, str]], console:
     if known.dry_run:
         _dry_run(recipe, console)
     else:
-        check_fits(recipe, console, force=known.force)
+        check_fits(recipe, console, force=known.force, gpus=job.size)
         train(recipe, known.run_dir or Path("runs") / recipe.name, replay=known.replay, console=console, job=job)
 
 

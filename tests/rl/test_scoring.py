@@ -82,7 +82,7 @@ def test_results_come_by_index_whatever_ends_when(seed: int, by_group: bool) -> 
     judge = SlowJudge(0.01, by_group)
     with scoring(judge, group_size=4) as one:
         add(one, *order)
-        assert one.results() == expected(24)
+        assert list(one.results().values()) == expected(24)
     assert judge.open == 0
     if by_group:
         wanted = sorted([str(i) for i in range(start, start + 4) if i % 3] for start in range(0, 24, 4))
@@ -94,7 +94,7 @@ def test_results_come_by_index_whatever_ends_when(seed: int, by_group: bool) -> 
 def test_without_a_judge_the_rule_is_all() -> None:
     with scoring(None, rule=lambda ended: (f"rule {ended.text}", None)) as one:
         add(one, 1, 0)
-        assert one.results() == [Looked("rule 0", False, None), Looked("rule 1", False, None)]
+        assert list(one.results().values()) == [Looked("rule 0", False, None), Looked("rule 1", False, None)]
     assert one.judge_seconds == 0.0
 
 
@@ -103,7 +103,7 @@ def test_a_group_that_never_gets_whole_is_judged_all_the_same() -> None:
     with scoring(judge, group_size=4) as one:
         add(one, 4, 5, 1, 2)
         assert 5 in one and 2 in one and 0 not in one
-        assert [found.rule for found in one.results()] == ["rule 1", "rule 2", "rule 4", "rule 5"]
+        assert [found.rule for found in one.results().values()] == ["rule 1", "rule 2", "rule 4", "rule 5"]
 
 
 def test_the_judge_works_while_the_main_thread_does() -> None:
@@ -213,7 +213,7 @@ def test_training_waits_so_long_and_no_longer() -> None:
     judge, start = Uneven(), time.perf_counter()
     with scoring(judge, max_wait=0.3) as one:
         add(one, *range(9))
-        found = one.results()
+        found = list(one.results().values())
     assert 0.3 <= time.perf_counter() - start < 3
     assert [one.judged for one in found] == [None, 1.0, 1.0, None, 1.0, None, None, None, None]
     assert [one.rule for one in found] == [f"rule {i}" for i in range(9)], "the rule's word is not lost"
