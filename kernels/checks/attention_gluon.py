@@ -158,8 +158,8 @@ _READY = "mbarrier.wait(k_full.index(after), after_parity, "
 # (that a block's keys are let go too early has no mutant in the forward: their slot is filled behind a later block's
 # values, which wait for a product that comes after)
 MUTANTS = (
-    _fault("a query doesn't see its own key", "_forward", ">= o_column[None, :]", "> o_column[None, :]"),
-    _fault("a key past the segment is seen", "_forward", "o_column < last", "o_column <= last"),
+    _fault("a query doesn't see its own key", "_parts", ">= o_column[None, :]", "> o_column[None, :]"),
+    _fault("a key past the segment is seen", "_parts", "o_column < last", "o_column <= last"),
     _fault("values past the segment are factors", "_forward", "if last - column < COLUMNS:", "if last < 0:"),
     _fault("sums of an older peak aren't scaled", "_forward", "acc = acc * gl.convert_layout(decay,", "acc = acc * gl.convert_layout(decay * 0 + 1,"),
     _fault("lse in units of log 2", "_forward", "gl.log2(total)) * LN2", "gl.log2(total))"),
@@ -170,7 +170,7 @@ MUTANTS = (
     _fault("values are used before they are there", "_forward", "mbarrier.wait(v_full.index(before), before_parity)\n        ", ""),
     _fault("values are overwritten while they are read", "_forward", "acc = warpgroup_mma_wait(0, deps=[adding])\n        mbarrier.arrive(v_empty.index(before), count=1)", "mbarrier.arrive(v_empty.index(before), count=1)\n        acc = warpgroup_mma_wait(0, deps=[adding])"),
     _fault("a slot counts as free in its first phase", "_forward", "k_empty.index(slot), parity ^ 1", "k_empty.index(slot), parity"),
-    _fault("a hidden block's keys aren't let go", "_forward", "mbarrier.arrive(k_empty.index(slot), count=1)\n        mbarrier.wait(v_full", "mbarrier.wait(v_full"),
+    _fault("a hidden block's keys aren't let go", "_parts", "mbarrier.arrive(k_empty.index(slot), count=1)\n        mbarrier.wait(v_full", "mbarrier.wait(v_full"),
     _fault("scores are taken in flight", "_forward", "warpgroup_mma_wait(1, deps=[started])", "warpgroup_mma_wait(2, deps=[started])"),
     _fault("no fence behind the zeros", "_parts", "    fence_async_shared()\n", "    pass\n"),
     _fault("zeros one row late", "_parts", "(o_row < valid)", "(o_row <= valid)"),

@@ -183,7 +183,7 @@ def described(rows: int, **tensors: Tensor) -> dict[str, Any]:
     made = {}
     for name, x in tensors.items():
         block = [rows, x.shape[2]]
-        layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
+        layout: Any = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
         made[name] = TensorDescriptor.from_tensor(_flat(x), block, layout)
     return made
 

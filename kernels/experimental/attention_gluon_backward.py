@@ -11,8 +11,8 @@ What lies past a segment's end is replaced by zeros in shared memory where it wo
 NaN; both groups write the same there.
 """
 
-# pyright: reportGeneralTypeIssues=false
-# (what gluon.jit makes of a function is not typed)
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (what gluon.jit makes of a function is not typed, and layouts are annotated as the compile-time values they become)
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .attention_gluon_parts import count_blocks, place, slot_of, store, zero_tail
+from .attention_gluon_parts import count_blocks, let_go, own_blocks, place, seen_by, slot_of, store, zero_tail
 
 
 @gluon.jit
@@ -195,17 +195,8 @@ def _add_columns(
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     row = tile + WHO * ROWS
-    blocks = count_blocks(tile, first, last, ROWS, STEP, CAUSAL)
-    top = blocks - 1
-    if CAUSAL:
-        top = gl.minimum(top, (row - first) // STEP)
-    hidden = blocks - 1 - top
-    for turn in range(0, hidden):
-        slot, parity = slot_of(turn, STAGES)
-        mbarrier.wait(k_full.index(slot), parity)
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        mbarrier.wait(v_full.index(slot), parity)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+    blocks, hidden = own_blocks(tile, row, first, last, ROWS, STEP, CAUSAL)
+    let_go(hidden, k_full, k_empty, v_full, v_empty, STAGES)
     o_row = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     at = head.to(gl.int64) * tokens + o_row
     b_base = gl.load(base + at, mask=o_row < end, other=float("inf"))
@@ -215,7 +206,7 @@ def _add_columns(
     b_q = q_s.index(WHO)
     b_do = do_s.index(WHO)
     slot, parity = slot_of(hidden, STAGES)
-    column = first + top * STEP
+    column = first + (blocks - 1 - hidden) * STEP
     mbarrier.wait(own_full.index(WHO), 0)
     mbarrier.wait(k_full.index(slot), parity)
     if last - column < STEP:
@@ -225,11 +216,7 @@ def _add_columns(
     slopes = warpgroup_mma(b_do, v_s.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores, dp = warpgroup_mma_wait(0, deps=[scoring, slopes])
     mbarrier.arrive(v_empty.index(slot), count=1)
-    o_column = column + gl.arange(0, STEP, layout=gl.SliceLayout(0, s_layout))
-    if CAUSAL:
-        seen = o_row[:, None] >= o_column[None, :]
-    else:
-        seen = (o_column < last)[None, :]
+    seen = seen_by(o_row, column, last, STEP, CAUSAL, s_layout)
     ds = _slope(scores, dp, b_base, b_delta, scale, seen, True)
     b_ds = gl.convert_layout(ds.to(q_s.dtype), p_layout)
     slot, parity = slot_of(hidden + 1, STAGES)

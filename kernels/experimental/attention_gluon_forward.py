@@ -15,8 +15,8 @@ write the same there. Scores are kept in units of log 2.
 Newer Triton (3.9) calls a TMA store async_store; there is none here: it would write past a segment's end.
 """
 
-# pyright: reportGeneralTypeIssues=false
-# (what gluon.jit makes of a function is not typed)
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (what gluon.jit makes of a function is not typed, and layouts are annotated as the compile-time values they become)
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .attention_gluon_parts import count_blocks, place, slot_of, store, zero_tail
+from .attention_gluon_parts import count_blocks, let_go, own_blocks, place, seen_by, slot_of, store, zero_tail
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -50,17 +50,8 @@ def _attend(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row = tile + WHO * ROWS
-    blocks = count_blocks(tile, first, last, ROWS, COLUMNS, CAUSAL)
-    top = blocks - 1
-    if CAUSAL:
-        top = gl.minimum(top, (row - first) // COLUMNS)
-    hidden = blocks - 1 - top
-    for turn in range(0, hidden):
-        slot, parity = slot_of(turn, STAGES)
-        mbarrier.wait(k_full.index(slot), parity)
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        mbarrier.wait(v_full.index(slot), parity)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+    blocks, hidden = own_blocks(tile, row, first, last, ROWS, COLUMNS, CAUSAL)
+    let_go(hidden, k_full, k_empty, v_full, v_empty, STAGES)
     o_row = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, layout=s_layout)
     acc = gl.zeros([ROWS, E], gl.float32, layout=o_layout)
@@ -73,12 +64,8 @@ def _attend(
     started = warpgroup_mma(b_q, k_s.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[started])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    column = first + top * COLUMNS
-    o_column = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, s_layout))
-    if CAUSAL:
-        seen = o_row[:, None] >= o_column[None, :]
-    else:
-        seen = (o_column < last)[None, :]
+    column = first + (blocks - 1 - hidden) * COLUMNS
+    seen = seen_by(o_row, column, last, COLUMNS, CAUSAL, s_layout)
     # the first key of the first block is visible to every row, so the peak is finite from here on
     p, decay, peak, total = _softmax(gl.where(seen, scores, float("-inf")), peak, total, scale)
     b_p = gl.convert_layout(p.to(q_s.dtype), p_layout)

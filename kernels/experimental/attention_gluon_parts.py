@@ -1,13 +1,13 @@
 """What the kernels of attention in Gluon share: a program's place, the ring in shared memory, blocks at a segment's end."""
 
-# pyright: reportGeneralTypeIssues=false
-# (what gluon.jit makes of a function is not typed)
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (what gluon.jit makes of a function is not typed, and layouts are annotated as the compile-time values they become)
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 
 @gluon.jit
@@ -31,6 +31,38 @@ def count_blocks(row, first, last, ROWS: gl.constexpr, COLUMNS: gl.constexpr, CA
     if CAUSAL:
         stop = gl.minimum(last, row + 2 * ROWS)
     return gl.cdiv(stop - first, COLUMNS)
+
+
+@gluon.jit
+def own_blocks(tile, row, first, last, ROWS: gl.constexpr, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr):
+    """(blocks that the tile sees, how many of these, from the end, a group with queries from `row` on doesn't see)"""
+    blocks = count_blocks(tile, first, last, ROWS, COLUMNS, CAUSAL)
+    top = blocks - 1
+    if CAUSAL:
+        top = gl.minimum(top, (row - first) // COLUMNS)
+    return blocks, blocks - 1 - top
+
+
+@gluon.jit
+def let_go(hidden, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
+    """The first `hidden` blocks, of which a group sees nothing: each phase is waited for, or its parity would say nothing."""
+    for turn in range(0, hidden):
+        slot, parity = slot_of(turn, STAGES)
+        mbarrier.wait(k_full.index(slot), parity)
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.wait(v_full.index(slot), parity)
+        mbarrier.arrive(v_empty.index(slot), count=1)
+
+
+@gluon.jit
+def seen_by(o_row, column, last, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr):
+    """Which keys from `column` on the queries `o_row` see; to be broadcast."""
+    o_column = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    if CAUSAL:
+        seen = o_row[:, None] >= o_column[None, :]
+    else:
+        seen = (o_column < last)[None, :]
+    return seen
 
 
 @gluon.jit

@@ -76,7 +76,7 @@ def test_every_schedule_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(backend, "row_sums", row_sums)  # a Triton kernel, for which there is no GPU
     q, k, v, dout = draw(200, 200, torch.bfloat16, 64)
-    where = ((0, 130, 200), (0, 130, 200), True, 0.125)
+    where: Any = ((0, 130, 200), (0, 130, 200), True, 0.125)
     found = []
     for schedule in SCHEDULES:
         run = partial(simulate, schedule=schedule)
@@ -123,14 +123,15 @@ def test_addresses_past_two_billion_numbers() -> None:
 
 def test_heads_that_lie_otherwise_are_copied() -> None:
     q, k, v, _ = draw(70, 70, torch.float16, 64, (2, 2))
-    where = ((0, 70), (0, 70), True, 0.125, torch.float16)
+    where: Any = ((0, 70), (0, 70), True, 0.125, torch.float16)
     right = backend.forward(q, k, v, *where, run=simulate)
     fused = torch.cat([q, k, v], 1)
-    for view in (
+    views: Any = (
         (fused[:, :2], fused[:, 2:4], fused[:, 4:]),
         tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)),
         (torch.cat([torch.zeros(3, dtype=q.dtype), q.flatten()])[3:].view_as(q), k, v),
-    ):
+    )
+    for view in views:
         for a, b in zip(backend.forward(*view, *where, run=simulate), right, strict=True):
             assert torch.equal(a, b)
 
@@ -174,9 +175,9 @@ def test_what_it_takes(
     found = backend.unsuited(x, x, x, backward=backward)
     assert found is None if named is None else named in str(found)
     if width == 256 and backward:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+        monkeypatch.setattr(attention_choice, "_automatic", lambda *_: "flash")
         assert attention_choice.choose("gluon", "forward", x, 1) == "gluon"
-        with pytest.raises(ValueError, match="its backward's head dims are 64, 128"):
+        with pytest.raises(ValueError, match=r"its backward's head dims are 64, 128.*use 'flash'"):
             attention_choice.choose("gluon", "backward", x, 1)
 
 
@@ -216,10 +217,11 @@ def test_a_kernel_that_is_not_specialised_is_found() -> None:
     assert len(_problems_of_warps("", "warning: wgmma.mma_async instructions are serialized due to")) == 4
 
 
-@pytest.mark.parametrize("label, exponentials", [("forward 128 bf16", 64), ("queries 128 bf16", 32)])
+@pytest.mark.parametrize("label, exponentials", [("forward 128 bf16", 66), ("queries 128 bf16", 32)])
 def test_exponentials_run_beside_a_product(label: str, exponentials: int) -> None:
     """In the machine code of both warp groups, between the wait for scores and that for the product before: ptxas moves
-    the second wait up to the first if nothing holds it."""
+    the second wait up to the first if nothing holds it. A thread has two rows of the forward's scores: 64 numbers, and
+    two by which older sums shrink."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -236,7 +238,7 @@ def test_exponentials_run_beside_a_product(label: str, exponentials: int) -> Non
     order = "".join(names[found] for found in re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2)\b", listing))
     beside = [len(run) for run in re.findall(r"w(e+)(?=w)", order)]
     # a wait, exponentials, the next wait, and no product issued in between
-    assert [run for run in beside if run >= exponentials] == [exponentials + (label[0] == "f")] * 2, order
+    assert [run for run in beside if run >= exponentials] == [exponentials] * 2, order
 
 
 def on_the_gpu() -> None:
@@ -297,7 +299,7 @@ def test_merged_results_on_the_gpu(three_way: Callable[..., None], width: int) -
     """Keys in two parts: out and lse merged, each part's gradients in fp32 of the merged pair, summed."""
     on_the_gpu()
     q, k, v, dout = (x.cuda() for x in draw(2000, 2500, torch.bfloat16, width, (8, 2)))
-    parts = ((k[:1100], v[:1100]), (k[1100:], v[1100:]))
+    parts: Any = ((k[:1100], v[:1100]), (k[1100:], v[1100:]))
     made = [attention.forward(q, *part, causal=False, backend="gluon", out_dtype=torch.float32) for part in parts]
     out, lse = attention.merge(*made[0], *made[1])
     grads = [
