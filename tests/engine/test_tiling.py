@@ -109,18 +109,20 @@ def test_adapters_are_tiled_too(load: Load, random_groups: Groups) -> None:
 
 def test_under_autocast_the_error_is_no_larger(load: Load, random_groups: Groups) -> None:
     exact = results(load("qwen3", dtype=torch.float64), random_groups(SHAPES))
-    found = {}
+    found, computed = {}, set()
     for tokens in (0, 7):
         model = load("qwen3", tile_tokens=tokens, gradient_checkpointing=True)
+        model.get_decoder().layers[0].mlp.down_proj.register_forward_hook(lambda *call: computed.add(call[-1].dtype))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, random_groups(SHAPES))
         loss.backward()  # outside, as a trainer has it
         found[tokens] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert computed == {torch.bfloat16}  # in the backward as well, which is not within the autocast
     for name, true in exact.items():
         if name == "logp":
             continue
         own, ours = ((found[tokens][name] - true).norm().item() for tokens in (0, 7))
-        assert 0.0 < ours <= 1.5 * own, name  # not computed in fp32 by a backward that forgot the autocast
+        assert 0.0 < ours <= 1.5 * own, name
 
 
 def test_weight_gradients_are_summed_in_fp32_and_rounded_once(load: Load) -> None:
@@ -247,8 +249,8 @@ class Mixing(nn.Module):
 
 
 class Pair(nn.Linear):
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x), None
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), None
 
 
 @pytest.mark.parametrize("module, reason", [(Mixing(), "mixes tokens"), (Pair(32, 32), "one row a token")])
@@ -275,7 +277,7 @@ def test_it_goes_with_fsdp(load: Load, random_groups: Groups, tmp_path: Path) ->
     wanted = results(load("qwen3"), random_groups(SHAPES))
     model = load("qwen3")
     save_memory(model, gradient_checkpointing=True, offload_activations=True, tile_tokens=7)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         for layer in model.get_decoder().layers:

@@ -135,7 +135,7 @@ def test_8_bit_is_near_adamw_with_a_quarter_of_its_averages() -> None:
     assert 0.25 * sizes[0] < sizes[1] < 0.28 * sizes[0]
 
 
-def _inner(x: Tensor) -> list[Tensor]:
+def _inner(x: Any) -> list[Tensor]:
     return [getattr(x, name) for name in x.__tensor_flatten__()[0]] if hasattr(x, "__tensor_flatten__") else [x]
 
 
