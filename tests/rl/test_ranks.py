@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from longreach.rl.config import dump
+from longreach.rl.ranks import Ranks
 from longreach.rl.recipe import Recipe
 
 pytestmark = pytest.mark.slow
@@ -117,6 +118,16 @@ def on_four(runs: Runs, recipe_of: Callable[..., Recipe], folder: Path) -> dict[
     made = {name: folder / f"{name}-4" for name in ON_FOUR}
     well(runs(4, [job(recipe_of(name, **ON_FOUR[name]), path) for name, path in made.items()]))
     return made
+
+
+@pytest.fixture(scope="module")
+def parts(start_ranks: Callable[..., Any], folder: Path) -> list[dict[str, Any]]:
+    """What three ranks found (`ranks_parts.py`)."""
+    started = start_ranks(3, SCRIPT.with_name("ranks_parts.py"), folder)
+    for rank in started:
+        rank.wait(WAIT_S)
+    well(started)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -229,3 +240,37 @@ def test_ranks_that_read_other_data_are_refused(
     assert "ranks [1] read other data than rank 0: all nodes must see the same files" in "".join(
         rank.err.read_text() for rank in ranks
     )
+
+
+def test_every_rank_scores_alike_and_asks_the_judge_its_own_cases(parts: list[dict[str, Any]]) -> None:
+    assert parts[0]["rewards"] == parts[1]["rewards"] == parts[2]["rewards"]
+    assert parts[0]["parts"] == parts[2]["parts"]
+    judged = [one["judge"] for one in parts[0]["parts"]]
+    assert judged == [None if i % 8 == 5 else float(i % 2 == 0) for i in range(12)]
+    asked = [set(part["asked"]) for part in parts]
+    assert set.union(*asked) == {str(i) for i in range(8)}
+    assert sum(map(len, asked)) == 8, "a case, however often it comes, is one rank's"
+    assert len([mine for mine in asked if mine]) > 1
+    assert {part["metrics"]["judge/calls"] for part in parts} == {12.0}
+
+
+def test_a_function_sees_the_whole_batch_on_rank_0(parts: list[dict[str, Any]]) -> None:
+    assert [part["calls"] for part in parts] == [[12], [], []]
+    assert [one["batch_relative"] for one in parts[1]["parts"]] == [i / 12 for i in range(12)]
+
+
+def test_what_ranks_share_out_and_bring_together(parts: list[dict[str, Any]]) -> None:
+    assert [part["rows"] for part in parts] == [[1, 2], [3, None], [0, None]], "rows of like cost take the same turn"
+    assert parts[0]["share"] == [[0], [4], [1, 2, 3]], "the costliest first, each to who has least to do"
+    assert all(part["merged"] == [[[float(i)] * (i + 1)] * 2 for i in range(4)] for part in parts)
+    assert {part["total"] for part in parts} == {3.5}, "(3 + 4) / 2: a rank without rows counts for nothing"
+    assert {part["first"] for part in parts} == {"rank 0"}
+    assert all(part["any"] == [True, False] and part["every"] == [0, 1, 2] for part in parts)
+
+
+def test_one_process_gets_back_what_it_hands_in() -> None:
+    ranks, mine = Ranks(), {0: torch.ones(2, 1)}
+    assert ranks.main and ranks.first(lambda: 3) == 3 and ranks.every("x") == ["x"]
+    assert ranks.rows([1.0, 2.0]) == [0, 1], "in their own order"
+    assert ranks.share([1.0, 2.0]) == [[0, 1]]
+    assert ranks.merge_rows(mine, [1], torch.empty(2, 0))[0] is mine[0]
