@@ -34,6 +34,12 @@ class Ranks:
         """Whether this rank writes files and talks."""
         return self.rank == 0
 
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return "one process"
+        weights = "sharded over all of them" if self.mesh.config.shard else "whole on each"
+        return f"{self.size} ranks: data {self.mesh.data} x ring {self.mesh.ring} x ulysses {self.mesh.ulysses}, weights {weights}"
+
     @property
     def sequence(self) -> Mesh | None:
         """The mesh, where rows are shared out over several ranks."""

@@ -109,6 +109,8 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.console, self.ranks = recipe, folder, console, ranks or Ranks()
         self.interrupted = False
+        if self.ranks.mesh is not None:
+            console.say(str(self.ranks))
         self.ranks.note("loading")
         found = self.ranks.first(lambda: state.newest(folder.checkpoints, console.warn))
         self.checkpoint, self.progress = found or (None, state.Progress())

@@ -1,11 +1,13 @@
 """One rank of tests/rl/test_ranks.py: FOLDER. Trains every recipe of FOLDER/jobs.json, one after the other, in fp64 throughout.
 
 A job may ask to be interrupted or killed: `signal` goes to rank `to` after `after` metrics lines, or in the `after`-th
-checkpoint (`where` "seal": rank 0 has written it and not renamed it; "gather": the others are about to gather).
+checkpoint (`where` "seal": rank 0 has written it and not renamed it; "gather": the others are about to gather; "full": the
+disk is). RANK in a recipe is the rank's number.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -46,6 +48,19 @@ class Interrupting(Console):
             )
 
 
+def fill_disk(trouble: dict[str, Any]) -> None:
+    """The first checkpoint finds no space for the optimizer, in rank 0's part alone."""
+    left, plain = [trouble["after"]], checkpoint.write_tensors
+
+    def full(path: Path, *arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, *arguments)
+
+    checkpoint.write_tensors = full
+
+
 def die_in_checkpoint(job: Job, trouble: dict[str, Any]) -> None:
     left, kill = [trouble["after"]], trouble["to"] == job.rank
     module, name = (checkpoint, "_seal") if trouble["where"] == "seal" else (state, "save_weights")
@@ -69,8 +84,10 @@ def main(folder: Path) -> None:
             trouble = one.get("trouble", {})
             if trouble.get("where") in ("seal", "gather"):
                 die_in_checkpoint(job, trouble)
+            if trouble.get("where") == "full":
+                fill_disk(trouble)
             try:
-                recipe = build(Recipe, one["recipe"])
+                recipe = build(Recipe, json.loads(json.dumps(one["recipe"]).replace("RANK", str(job.rank))))
                 train(recipe, Path(one["run_dir"]), console=Interrupting(folder, trouble), job=job)
             except Stopped:
                 (folder / f"stopped-{job.rank}").write_text(one["name"])
