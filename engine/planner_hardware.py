@@ -81,7 +81,7 @@ def gpu_named(
     given = {"memory": memory_gb, "flops": tflops, "bandwidth": bandwidth_gbs, "link": link_gbs}
     if name != "custom":
         if name not in GPUS:
-            near = get_close_matches(name, [*GPUS, "custom"], n=1, cutoff=0.4)
+            near = get_close_matches(name, [*GPUS, "custom"], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GPUS)}, custom"
             raise ValueError(f"--gpu {name!r} is not known: {hint}")
         if any(value is not None for value in given.values()):
