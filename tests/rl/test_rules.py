@@ -99,7 +99,7 @@ def test_what_the_length_limit_cuts(completion: str, finish: str, reason: str) -
 def test_each_type_and_scoring_is_quick_on_hostile_texts() -> None:
     kinds, scorings = list(GOLDS.items()), list(SCORINGS)
     for number, (name, text) in enumerate(hostile_texts(20_000).items()):
-        tries = [(kind, "strict") for kind in kinds] + [(kinds[number % 6], scorings[number // 6 % 6])]
+        tries = [(kind, "strict") for kind in kinds[number % 2 :: 2]] + [(kinds[number % 6], scorings[number // 6 % 6])]
         start = time.process_time()
         for (kind, gold), scoring in tries:
             made = rule_reward("</think>" + text, [gold], answer_type=kind, scoring=scoring)
