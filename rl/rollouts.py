@@ -139,15 +139,13 @@ def roll_out(
     if reward.judge is not None:
         watch.add("reward/judge_wait", scoring.waited)
         watch.add("reward/judge_time", scoring.judge_seconds)
+    lines = [
+        _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + i // group_size)
+        for i, one in enumerate(flat)
+    ]  # fmt: skip
     groups = [
-        RolloutGroup(
-            prompt,
-            tuple(
-                _rollout(prompt, completion, texts[i], scored[i], stage=stage, step=step, group=first_group + number)
-                for i, completion in enumerate(group, number * group_size)
-            ),
-        )
-        for number, (prompt, group) in enumerate(zip(prompts, sampled, strict=True))
+        RolloutGroup(prompt, tuple(lines[number * group_size : (number + 1) * group_size]))
+        for number, prompt in enumerate(prompts)
     ]
     if failing is not None:
         raise Unjudged(str(failing), groups) from failing

@@ -8,6 +8,7 @@ over ranks, a loss or a metric normalised per rank, an unequal random stream: ea
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from longreach.rl.config import dump
+from longreach.rl.ranks import Ranks
 from longreach.rl.recipe import Recipe
 
 pytestmark = pytest.mark.slow
