@@ -148,13 +148,12 @@ def _requirements() -> Sequence[str]:
 
 
 def _out_of_range(distribution: str, version: str | None, requirements: Sequence[str]) -> str | None:
-    for text in requirements:
+    for text in requirements if version is not None else ():
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue
-        named = requirement.name == distribution and version is not None
-        if named and not requirement.specifier.contains(version, prereleases=True):
+        if requirement.name == distribution and not requirement.specifier.contains(version, prereleases=True):
             return f"outside the range that was tried ({requirement.specifier})"
     return None
 

@@ -28,6 +28,7 @@ from .ranks import Ranks
 from .rows import Example
 from .rules import NOT_JUDGED, SCORINGS, Verdict, check_scoring, rule_reward, score_example
 from .scoring import Ended, Looked, Scoring
+from .seeds import derive
 
 __all__ = ["SCORINGS", "Reward", "RewardConfig", "Scored", "Verdict", "make_reward", "rule_reward"]
 
@@ -84,8 +85,8 @@ def make_reward(
 class Reward:
     """Scores completions. Holds the judge's cache and counters, no other state.
 
-    On many ranks all of them score the same completions. Each rank judges the cases that are its own, always the same ones,
-    so that a case is asked once; a user's function sees the whole batch on rank 0, as it would on one process.
+    On many ranks each completion is handed in on one of them, and all know what became of it; a user's function sees the
+    whole batch on rank 0, as it would on one process.
     """
 
     def __init__(
@@ -120,10 +121,14 @@ class Reward:
         completion_ids: Sequence[Sequence[int]],
         finish_reasons: Sequence[str],
     ) -> list[Scored]:
-        """Score completions that are all there, one example each, in order. Errors as `finish`."""
+        """Score completions that are all there, one example each, in order. Errors as `finish`.
+
+        On many ranks each looks at its own share, and answers to a question that are alike are one rank's.
+        """
         with self.scoring(max(1, len(completions))) as scoring:
             for index, ended in enumerate(zip(examples, completions, finish_reasons, strict=True)):
-                scoring.add(index, Ended(*ended))
+                if derive(0, question_of(ended[0]), ended[1]) % self.ranks.size == self.ranks.rank:
+                    scoring.add(index, Ended(*ended))
             return self.finish(scoring, examples, prompts, completions, completion_ids)
 
     def finish(

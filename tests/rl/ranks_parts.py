@@ -13,13 +13,13 @@ import torch
 from longreach.engine.launch import join
 from longreach.engine.mesh import ParallelConfig
 from longreach.kernels import Mean
-from longreach.rl.judge import Case
+from longreach.rl.judge import Case, Judge
 from longreach.rl.ranks import Ranks
 from longreach.rl.rewards import Reward, RewardConfig
 from longreach.rl.rows import Example
 
 
-class CountingJudge:
+class CountingJudge(Judge):
     """Says yes to predictions with an even number; remembers what it was asked."""
 
     def __init__(self) -> None:
