@@ -1,6 +1,10 @@
 """One attention layer over several ranks, forward and backward: each schedule's share of the ideal.
 
-    share = seconds of one rank / (workers x seconds of the ranks, the slowest of them),  workers = min(ranks, cores)
+    share = seconds of one rank / (ranks x seconds of the slowest of them)
+
+On GPUs these are seconds of the clock. On a CPU, where ranks are processes that share cores with each other and with
+whatever else runs, they are seconds of its cores, all threads counted: the share then tells what a schedule costs beside
+its arithmetic and how even its parts are, and nothing of waiting for a network. Seconds of the clock stand beside them.
 
 `causal` rows are one sequence of T tokens, `shared` ones a prompt with G completions of R. All ranks hold their part of
 the row before the clock starts, and what is timed is the layer alone: head exchange, travel of keys and gradients,
@@ -10,15 +14,13 @@ they run; where not, a gap says why.
     python -m bench.ring --ranks 2 4                      processes on this CPU over gloo, one thread each
     torchrun --nproc-per-node 8 -m bench.ring             on GPUs over NCCL, one number of ranks a run
 
-Processes that share cores, as more than there are of them do, show what a schedule costs beside its arithmetic and not
-what a network does. Rows go to bench/results/ring-cpu.json or ring-cuda.json, and the table to the terminal.
+Rows go to bench/results/ring-cpu.json or ring-cuda.json, and the table to the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import subprocess
 import sys
 import time
@@ -57,6 +59,8 @@ SMALL = ({"P": 96, "G": 0, "R": 0, "H": 4, "K": 2, "E": 16}, {"P": 64, "G": 2, "
 """Shows that everything runs, and nothing of speed."""
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 HEADER = ("ranks", "schedule", "forward", "of ideal", "both", "of ideal")
+Seconds = list[tuple[float, float]]
+"""Of each round: by the clock, and those that the share is made of."""
 WRONG = 0.02
 """Relative error of an output against one rank's, past which a contender computes something else."""
 
@@ -103,7 +107,6 @@ def of_this_rank(sizes: Sequence[dict[str, int]], device: str, path: Path, round
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     conditions = results.conditions(device) if dist.get_rank() == 0 else {}
     world = dist.get_world_size()
-    workers = world if device == "cuda" else min(world, os.cpu_count() or 1)
     for dims in sizes:
         case = Case(dims, device)
         alone: dict[str, float] = {}
@@ -113,28 +116,29 @@ def of_this_rank(sizes: Sequence[dict[str, int]], device: str, path: Path, round
                 if dist.get_rank():
                     continue
                 if name == ALONE and not isinstance(seconds, str):
-                    alone[what] = summary.summarize(seconds).median
+                    alone[what] = summary.summarize([work for _, work in seconds]).median
                 about = {
                     **conditions, "op": "ring", "dims": {**dims, "ranks": 1 if name == ALONE else world},
                     "dtype": str(DTYPES[device]).removeprefix("torch."), "pass": what, "contender": name,
-                    "ours": name.startswith("longreach"), "workers": 1 if name == ALONE else workers, "note": note,
+                    "ours": name.startswith("longreach"), "note": note,
                 }  # fmt: skip
                 write(path, about, seconds, alone[what])
     dist.barrier()
     dist.destroy_process_group()
 
 
-def write(path: Path, about: Row, seconds: list[float] | str, alone: float) -> None:
+def write(path: Path, about: Row, seconds: Seconds | str, alone: float) -> None:
     row: Row = {**about, "status": "measured", "reason": None}
     if isinstance(seconds, str):
         row |= {"status": "gap", "reason": seconds}
     else:
-        found = summary.summarize(seconds)
+        found = summary.summarize([clock for clock, _ in seconds])
+        busiest = summary.summarize([work for _, work in seconds]).median
         package = "ring-flash-attn" if about["contender"].startswith("ring-flash-attn") else None
         row |= {
             "median_s": found.median, "iqr_s": found.iqr, "least_s": found.least, "rounds": found.rounds,
-            "samples_s": [float(f"{value:.6g}") for value in seconds], "package": package, "version": version(package),
-            "share_of_ideal": alone / (about["workers"] * found.median),
+            "samples_s": [float(f"{clock:.6g}") for clock, _ in seconds], "package": package, "version": version(package),
+            "busiest_s": busiest, "share_of_ideal": alone / (about["dims"]["ranks"] * busiest),
         }  # fmt: skip
     results.append(path, row)
     told = row["reason"] or f"{1e3 * row['median_s']:.3g} ms, {100 * row['share_of_ideal']:.0f} % of the ideal"
@@ -261,21 +265,22 @@ class Contender:
         self.attend, self.tensors, self.exact = attend, tensors, exact
         self.around = around or (lambda run: run(tensors))
 
-    def seconds(self, what: str, rounds: int, device: str, together: bool) -> list[float]:
-        taken: list[float] = []
+    def seconds(self, what: str, rounds: int, device: str, together: bool) -> Seconds:
+        taken: Seconds = []
 
         def run(tensors: Tensors) -> None:
             *parts, dout = tensors
             for _ in range(1 + rounds):  # the first is a warm-up
                 leaves = [x.detach().requires_grad_(what == "both") for x in parts]
                 meet(device, together)
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 out = self.attend(*leaves)
                 if what == "both":
                     torch.autograd.grad(out, leaves, dout)
                 if device == "cuda":
                     torch.cuda.synchronize()
-                taken.append(time.perf_counter() - start)
+                clock, work = time.perf_counter() - start, time.process_time() - busy
+                taken.append((clock, clock if device == "cuda" else work))
                 if len(taken) == 1:
                     error = float((out.detach() - self.exact).norm() / self.exact.norm())
                     if not error < WRONG:
@@ -292,11 +297,11 @@ def meet(device: str, together: bool) -> None:
         dist.barrier()
 
 
-def measured(contender: Contender | str, what: str, rounds: int, device: str, *, only_first: bool) -> list[float] | str:
-    """Seconds of each round on the slowest rank, or why there are none. One rank alone runs while the others wait."""
+def measured(contender: Contender | str, what: str, rounds: int, device: str, *, only_first: bool) -> Seconds | str:
+    """Seconds of each round on the slowest rank, the clock's and the work's, or why there are none. One rank alone runs while the others wait."""
     if isinstance(contender, str):
         return contender
-    found: list[float] | str = [0.0] * rounds
+    found: Seconds | str = [(0.0, 0.0)] * rounds
     if not only_first or dist.get_rank() == 0:
         try:
             found = contender.seconds(what, rounds, device, together=not only_first)
@@ -310,7 +315,9 @@ def measured(contender: Contender | str, what: str, rounds: int, device: str, *,
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     failed = [x for x in everyone if isinstance(x, str)]
-    return failed[0] if failed else [max(of_round) for of_round in zip(*everyone, strict=True)]
+    return (
+        failed[0] if failed else [(max(c for c, _ in of), max(w for _, w in of)) for of in zip(*everyone, strict=True)]
+    )
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -323,7 +330,7 @@ def show(rows: Sequence[Row]) -> None:
         )
     by_case: dict[str, list[list[str]]] = {}
     gaps = {f"{name}, {case}: {found['both']['reason']}": None for (case, _, name), found in lines.items() if found["both"]["reason"]}  # fmt: skip
-    for (case, ranks, name), found in lines.items():
+    for (case, ranks, name), found in sorted(lines.items(), key=lambda line: line[0][1]):
         if not found["both"]["reason"]:
             cells = [text for row in (found["forward"], found["both"]) for text in told(row)]
             by_case.setdefault(case, []).append([str(ranks), name, *cells])

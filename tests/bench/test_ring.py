@@ -11,17 +11,17 @@ from bench import results, ring
 
 ABOUT: dict[str, Any] = {
     "op": "ring", "dims": {"P": 8, "ranks": 4}, "dtype": "float32", "pass": "both", "contender": "longreach, ring",
-    "device": "a CPU", "threads": 1, "workers": 2,
+    "device": "a CPU", "threads": 1,
 }  # fmt: skip
 
 
-def test_the_share_is_of_the_ranks_that_have_a_core(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_share_is_of_the_busiest_rank_s_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     for what in ("forward", "both"):
-        ring.write(path, {**ABOUT, "pass": what}, [2.0, 4.0, 3.0], alone=4.5)
+        ring.write(path, {**ABOUT, "pass": what}, [(2.0, 0.5), (4.0, 1.5), (3.0, 1.0)], alone=3.0)
         ring.write(path, {**ABOUT, "pass": what, "contender": "a peer"}, "not here", alone=4.5)
     rows = results.load(path)
-    assert [row["share_of_ideal"] for row in rows if row["status"] == "measured"] == [0.75, 0.75]  # 4.5 / (2 x 3)
+    assert [row["share_of_ideal"] for row in rows if row["status"] == "measured"] == [0.75, 0.75]  # 3 / (4 x 1)
     capsys.readouterr()
     ring.show(rows)
     shown = capsys.readouterr().out
