@@ -29,8 +29,8 @@ from .gluon_language import Broken, InFlight, Pointer, Shared, language
 @dataclass(frozen=True)
 class Schedule:
     """order: partitions, first choice first, each until it has to wait; none: at random, switching anywhere.
-    copies: "early" arrives at once, "late" when nothing else can go on. products: "early" reads at issue, "late" at the
-    wait. Either may be "random"."""
+    copies: "early" arrives at once, "late" when nothing else can go on, "last" so too, the last issued first. products:
+    "early" reads at issue, "late" at the wait, when all others have gone on. Either may be "random"."""
 
     order: tuple[int, ...] = ()
     copies: str = "random"
@@ -41,7 +41,7 @@ class Schedule:
 SCHEDULES = (
     Schedule((2, 0, 1), "early", "late"),
     Schedule((0, 1, 2), "late", "early"),
-    Schedule((1, 2, 0), "late", "late"),
+    Schedule((1, 2, 0), "last", "late"),
     Schedule(seed=1),
     Schedule(seed=2),
 )
@@ -147,10 +147,11 @@ class Machine:
 
     def _step(self, partitions: list[Partition]) -> None:
         able = [p for p in partitions if not p.done and p.ready()]
-        early = self.schedule.copies == "early" or (self.schedule.copies == "random" and self.random.random() < 0.3)
-        if self.copies and (early or not able):
+        how = self.schedule.copies
+        if self.copies and (not able or how == "early" or (how == "random" and self.random.random() < 0.3)):
             # a later copy may overtake an earlier one
-            self.copies.pop(self.random.randrange(len(self.copies)) if self.schedule.copies == "random" else 0)()
+            which = self.random.randrange(len(self.copies)) if how == "random" else -1 if how == "last" else 0
+            self.copies.pop(which)()
             return
         if not able:
             raise Broken(f"deadlock of partitions {', '.join(str(p.number) for p in partitions if not p.done)}")

@@ -76,7 +76,7 @@ def test_every_schedule_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(backend, "row_sums", row_sums)  # a Triton kernel, for which there is no GPU
     q, k, v, dout = draw(200, 200, torch.bfloat16, 64)
-    where: Any = ((0, 130, 200), (0, 130, 200), True, 0.125)
+    where = ((0, 130, 200), (0, 130, 200), True, 0.125)
     found = []
     for schedule in SCHEDULES:
         run = partial(simulate, schedule=schedule)
@@ -123,12 +123,16 @@ def test_addresses_past_two_billion_numbers() -> None:
 
 def test_heads_that_lie_otherwise_are_copied() -> None:
     q, k, v, _ = draw(70, 70, torch.float16, 64, (2, 2))
-    where: Any = ((0, 70), (0, 70), True, 0.125, torch.float16)
+    where = ((0, 70), (0, 70), True, 0.125, torch.float16)
     right = backend.forward(q, k, v, *where, run=simulate)
+
+    def apart(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
     fused = torch.cat([q, k, v], 1)
-    views: Any = (
+    views = (
         (fused[:, :2], fused[:, 2:4], fused[:, 4:]),
-        tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)),
+        (apart(q), apart(k), apart(v)),
         (torch.cat([torch.zeros(3, dtype=q.dtype), q.flatten()])[3:].view_as(q), k, v),
     )
     for view in views:
@@ -196,10 +200,10 @@ def test_a_scale_that_is_not_positive_is_refused() -> None:
 
 
 def test_what_is_compiled_is_what_is_launched() -> None:
-    tensors = draw(4, 4, torch.bfloat16, 128)[:3]
+    q, k, v, _ = draw(4, 4, torch.bfloat16, 128)
     (case,) = (case for case in load("attention_gluon").compile_cases(90) if case.label == "forward 128 bf16")
     launched: dict[str, Any] = {}
-    backend.forward(*tensors, (0, 4), (0, 4), True, 1.0, torch.bfloat16, run=lambda *_, **given: launched.update(given))
+    backend.forward(q, k, v, (0, 4), (0, 4), True, 1.0, torch.bfloat16, run=lambda *_, **given: launched.update(given))
     assert {name: launched[name] for name in case.constexprs} == case.constexprs
     assert launched["num_warps"] == case.num_warps
     assert set(launched) == {*case.constexprs, *case.signature, "num_warps"}
@@ -299,7 +303,7 @@ def test_merged_results_on_the_gpu(three_way: Callable[..., None], width: int) -
     """Keys in two parts: out and lse merged, each part's gradients in fp32 of the merged pair, summed."""
     on_the_gpu()
     q, k, v, dout = (x.cuda() for x in draw(2000, 2500, torch.bfloat16, width, (8, 2)))
-    parts: Any = ((k[:1100], v[:1100]), (k[1100:], v[1100:]))
+    parts = ((k[:1100], v[:1100]), (k[1100:], v[1100:]))
     made = [attention.forward(q, *part, causal=False, backend="gluon", out_dtype=torch.float32) for part in parts]
     out, lse = attention.merge(*made[0], *made[1])
     grads = [
@@ -314,8 +318,8 @@ def test_merged_results_on_the_gpu(three_way: Callable[..., None], width: int) -
     ]
     wanted: list[list[Tensor]] = []
     for kind in (torch.bfloat16, torch.float64):
-        x = [y.to(kind) for y in (q, k, v, dout)]
-        o, s = attention.forward(*x[:3], causal=False, backend="reference")
-        wanted.append([o, s, *attention.backward(x[3], *x[:3], o, s, causal=False, backend="reference")])
+        a, b, c, d = (y.to(kind) for y in (q, k, v, dout))
+        o, s = attention.forward(a, b, c, causal=False, backend="reference")
+        wanted.append([o, s, *attention.backward(d, a, b, c, o, s, causal=False, backend="reference")])
     for a, b, c in zip(ours, *wanted, strict=True):
         three_way(a, b.to(a.dtype), c, terms=1.0)
