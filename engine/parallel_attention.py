@@ -18,6 +18,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class ParallelSharedPrefix:
         return out if not filler else torch.cat([out, out.new_zeros(filler, *out.shape[1:])])
 
 
-_said: set[Mesh] = set()
+_said: WeakSet[Mesh] = WeakSet()
 
 
 def _say_schedule(mesh: Mesh, name: str, seconds: dict[str, float]) -> None:

@@ -54,6 +54,7 @@ class RingSchedule:
         self.calls = [calls_on(self.own, self.arriving(t)) for t in range(self.ring)]
         """By step; of step 0, what `own_calls` has already."""
         self._steps = range(1, self.ring)
+        self._known: dict[tuple[int, int, bool, torch.device], Tensor] = {}
 
     def arriving(self, t: int) -> list[Piece]:
         """What reaches this rank at step t, all of it read here or farther on; at step 0, what it holds."""
@@ -90,7 +91,7 @@ class RingSchedule:
             sums, arriving = self._pass_sums(t, mine)
             home.append(arriving)
         for t, arriving in zip(self._steps, home, strict=True):
-            dkv.index_add_(0, self._rows(0, t, exactly=True).to(dkv.device), arriving.wait())
+            dkv.index_add_(0, self._rows(0, t, dkv.device, exactly=True), arriving.wait())
         return gradients.dq, dkv[:, 0], dkv[:, 1]
 
     def _own_keys(self, k: Tensor, v: Tensor) -> Tensor:
@@ -103,25 +104,30 @@ class RingSchedule:
             return _Coming(held[:0], [], [])
         made = held.new_empty(_tokens(self.arriving(t)), *held.shape[1:])
         down, up = (self.rank - 1) % self.ring, (self.rank + 1) % self.ring
-        onward = _pick(held, self._rows(t - 1, t))
+        onward = _pick(held, self._rows(t - 1, t, held.device))
         return _Coming(made, self._post([(onward, down)], [(made, up)]), [onward])
 
     def _pass_sums(self, t: int, mine: Tensor) -> tuple[_Coming, _Coming]:
         """Gradients of the keys of step t: on with those keys, or home. (What follows to step t + 1, what is own.)"""
         owner, last_reader = (self.rank + t) % self.ring, (self.rank - t) % self.ring
         down, up = (self.rank - 1) % self.ring, (self.rank + 1) % self.ring
-        onward, ended = _pick(mine, self._rows(t, t + 1)), _pick(mine, self._rows(t, t, exactly=True))
+        device = mine.device
+        onward, ended = _pick(mine, self._rows(t, t + 1, device)), _pick(mine, self._rows(t, t, device, exactly=True))
         follows = mine.new_empty(_tokens(self.arriving(t + 1)) if t + 1 < self.ring else 0, *mine.shape[1:])
-        own = mine.new_empty(len(self._rows(0, t, exactly=True)), *mine.shape[1:])
+        own = mine.new_empty(len(self._rows(0, t, device, exactly=True)), *mine.shape[1:])
         work = self._post([(onward, down), (ended, owner)], [(follows, up), (own, last_reader)])
         return _Coming(follows, work, [onward, ended]), _Coming(own, work, [])
 
-    def _rows(self, t: int, far: int, *, exactly: bool = False) -> Tensor:
-        """Of the keys of step t, the rows of pieces that go `far` hops or farther, or exactly so far."""
-        reach = [(piece, n) for piece, n in self._reach[(self.rank + t) % self.ring] if n >= t]
-        wanted = torch.tensor([n == far if exactly else n >= far for _, n in reach], dtype=torch.bool)
-        tokens = torch.tensor([piece.tokens for piece, _ in reach], dtype=torch.long)
-        return wanted.repeat_interleave(tokens).nonzero().squeeze(1)
+    def _rows(self, t: int, far: int, device: torch.device, *, exactly: bool = False) -> Tensor:
+        """Of the keys of step t, the rows of pieces that go `far` hops or farther, or exactly so far. Remembered, since
+        every layer asks for the same."""
+        name = (t, far, exactly, device)
+        if name not in self._known:
+            reach = [(piece, n) for piece, n in self._reach[(self.rank + t) % self.ring] if n >= t]
+            wanted = torch.tensor([n == far if exactly else n >= far for _, n in reach], dtype=torch.bool)
+            tokens = torch.tensor([piece.tokens for piece, _ in reach], dtype=torch.long)
+            self._known[name] = wanted.repeat_interleave(tokens).nonzero().squeeze(1).to(device)
+        return self._known[name]
 
     def _post(self, sends: list[Message], receives: list[Message]) -> list[Any]:
         """Between each pair of ranks messages match in order; empty ones are left out on both sides."""
@@ -155,4 +161,4 @@ def _tokens(pieces: Sequence[Piece]) -> int:
 
 
 def _pick(held: Tensor, rows: Tensor) -> Tensor:
-    return held if len(rows) == len(held) else held.index_select(0, rows.to(held.device))
+    return held if len(rows) == len(held) else held.index_select(0, rows)

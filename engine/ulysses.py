@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,11 @@ class Heads:
         return len(self.keys) > self.key
 
 
+@lru_cache(maxsize=16)
+def _index(heads: Heads, device: torch.device) -> Tensor:
+    return torch.tensor(heads.keys, device=device)
+
+
 @dataclass(frozen=True)
 class HeadExchange:
     """For one ring rank's tokens, of which rank u of the group holds `tokens[u]`."""
@@ -73,7 +78,7 @@ class HeadExchange:
 
     def scatter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[t, H or K, E] of own tokens -> [T, h or k, E] of all tokens, own heads."""
-        heads, index = self.heads, torch.tensor(self.heads.keys, device=k.device)
+        heads, index = self.heads, _index(self.heads, k.device)
         parts = [x.unflatten(1, (heads.ranks, -1)) for x in (q, k.index_select(1, index), v.index_select(1, index))]
         made = self._to_heads(torch.cat(parts, 2))
         q, k, v = made.split([heads.own_query, heads.own_key, heads.own_key], 1)
@@ -94,7 +99,7 @@ class HeadExchange:
         found = self._to_tokens(dkv if heads.replicated else dkv.to(dtype))
         dk, dv = (x.flatten(1, 2) for x in found.split([heads.own_key, heads.own_key], 2))
         if heads.replicated:
-            index = torch.tensor(heads.keys, device=dk.device)
+            index = _index(heads, dk.device)
             dk, dv = (
                 x.new_zeros(x.shape[0], heads.key, x.shape[2]).index_add_(1, index, x).to(dtype) for x in (dk, dv)
             )

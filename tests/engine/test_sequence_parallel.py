@@ -117,12 +117,11 @@ def test_all_ranks_get_the_same_bits(ranks: list[Result]) -> None:
 
 
 def test_the_choice_of_a_schedule_is_logged_once_for_each_mesh(ranks: list[Result], world: int, script: Any) -> None:
-    for rank in ranks:
-        chosen = [line for line in rank["log"] if "by the cost model" in line]
-        rings = [ring for ring, _ in script.LAYOUTS[world] if ring > 1]
-        assert [line.split(":")[0] for line in chosen][: len(rings)] == [f"ring of {ring}" for ring in rings]
-        assert chosen == [line for line in ranks[0]["log"] if "by the cost model" in line]  # all chose alike
-        assert all(" ring " in line and " all-gather " in line and " ms" in line for line in chosen)
+    rings = [ring for ring, _ in script.LAYOUTS[world] if ring > 1]
+    chosen = [[line for line in rank["log"] if "by the cost model" in line][: len(rings)] for rank in ranks]
+    assert all(of_rank == chosen[0] for of_rank in chosen)  # all chose alike, by the same numbers
+    assert [line.split(":")[0] for line in chosen[0]] == [f"ring of {ring}" for ring in rings]
+    assert all(" ring " in line and " all-gather " in line and " ms" in line for line in chosen[0])
 
 
 def test_losses_metrics_checkpoints_and_unshared_prompts(
