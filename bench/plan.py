@@ -129,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{one.what}: measured {one.measured / 1e9:.3f} GB, traced {one.traced / 1e9:.3f}{formula}", flush=True)
         if options.out:
             conditions = results.conditions(device, options.commit)
-            options.out.write_text(json.dumps({"conditions": conditions, "rows": [x.row() for x in made]}, indent=1) + "\n")
+            options.out.write_text(
+                json.dumps({"conditions": conditions, "rows": [x.row() for x in made]}, indent=1) + "\n"
+            )
     wrong = [one.what for one in made if one.off > BOUND]
     if wrong:
         print(f"off by more than {BOUND:.0%}: {'; '.join(wrong)}", file=sys.stderr)

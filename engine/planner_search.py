@@ -106,7 +106,9 @@ _MEMORY = [
 def layouts(shape: ModelShape, gpus: int) -> list[tuple[int, int]]:
     """(ring, ulysses) that share out the GPUs, fewest ranks a row first; Ulysses as wide as key heads allow, then a ring."""
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
-    found = [(sp // u, u) for sp in divisors for u in divisors if sp % u == 0 and shape.heads % u == 0 and u <= shape.heads]
+    found = [
+        (sp // u, u) for sp in divisors for u in divisors if sp % u == 0 and shape.heads % u == 0 and u <= shape.heads
+    ]
     return sorted(found, key=lambda pair: (pair[0] * pair[1], pair[0]))
 
 
@@ -130,7 +132,9 @@ def neighbours(shape: ModelShape, best: Setting) -> Iterator[tuple[str, Setting]
     if best.optimizer != "adamw":
         yield "plain AdamW", replace(best, optimizer="adamw")
     if best.sp > 1:
-        fewer = max((pair for pair in layouts(shape, best.gpus) if pair[0] * pair[1] < best.sp), key=lambda p: p[0] * p[1])
+        fewer = max(
+            (pair for pair in layouts(shape, best.gpus) if pair[0] * pair[1] < best.sp), key=lambda p: p[0] * p[1]
+        )
         yield f"{fewer[0] * fewer[1]} ranks a row", replace(best, ring=fewer[0], ulysses=fewer[1])
     if best.sharded:
         yield "weights whole on every GPU", replace(best, shard=False)

@@ -178,7 +178,9 @@ def prefill_time(shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int) -> 
     return compute_time(shape, alone, gpu, row, forward_work(shape, row), CROSSINGS)
 
 
-def decode_time(shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int, prompts: int, size: int, tokens: int) -> Time:
+def decode_time(
+    shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int, prompts: int, size: int, tokens: int
+) -> Time:
     """`tokens` steps of a batch of `prompts` groups of `size`: what a step reads, or its operators' launches.
 
     Keys and values of a prompt are read once for its group; a serving engine's GPUs read their shares side by side.

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from packaging.requirements import InvalidRequirement, Requirement
 from torch import Tensor
+from transformers.utils.versions import require_version
 
 from ..engine.model import pick_device
 from ..engine.planner_shape import KNOWN, model_shape
@@ -31,7 +31,18 @@ from .console import Console
 from .doctor_links import link_lines
 from .doctor_room import room_lines
 
-NEEDED = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "datasets", "pyarrow", "httpx", "rich", "matplotlib")
+NEEDED = (
+    "torch",
+    "transformers",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "pyarrow",
+    "httpx",
+    "rich",
+    "matplotlib",
+)
 EXTRAS = {
     "peft": "adapters (LoRA): `longreach[lora]`",
     "torchao": "8-bit and offloaded optimizers: `longreach[torchao]`",
@@ -118,7 +129,9 @@ def look_at(name: str, ranges: Sequence[str] | None = None) -> Package:
 
 def _import_error(name: str) -> str | None:
     try:
-        done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=IMPORT_S)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=IMPORT_S
+        )
     except subprocess.TimeoutExpired:
         return f"its import takes more than {IMPORT_S} s"
     if done.returncode == 0:
@@ -135,21 +148,28 @@ def _requirements() -> Sequence[str]:
 
 
 def _out_of_range(distribution: str, version: str | None, requirements: Sequence[str]) -> str | None:
+    """Whether an installed version lies outside the range of the requirement of that name."""
     for text in requirements:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
+        wanted = text.partition(";")[0].strip()
+        if (
+            version is None
+            or not wanted.startswith(distribution)
+            or wanted.removeprefix(distribution)[:1] not in tuple("<>=!")
+        ):
             continue
-        if requirement.name == distribution and version is not None:
-            if not requirement.specifier.contains(version, prereleases=True):
-                return f"outside the range that was tried ({requirement.specifier})"
+        try:
+            require_version(wanted)
+        except ImportError:
+            return f"outside the range that was tried ({wanted.removeprefix(distribution)})"
     return None
 
 
 def machine_lines() -> list[str]:
     """System, memory, GPUs, driver, CUDA."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    lines = [f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GB"]
+    lines = [
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GB"
+    ]
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         return [*lines, f"no GPU ({built})"]
@@ -164,7 +184,11 @@ def _driver() -> str:
     if tool is None:
         return "unknown (there is no nvidia-smi)"
     done = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else f"unknown (nvidia-smi ends with {done.returncode})"
+    return (
+        done.stdout.split("\n")[0].strip()
+        if done.returncode == 0
+        else f"unknown (nvidia-smi ends with {done.returncode})"
+    )
 
 
 def attention_lines(device: torch.device) -> list[str]:

@@ -37,7 +37,9 @@ def room_lines(shape: ModelShape) -> list[str]:
     return [head, *(f"{name}: {_said(longest_prompt(shape, setting, gpu))}" for name, setting in STEPS)]
 
 
-def longest_prompt(shape: ModelShape, setting: Setting, gpu: Gpu, *, group: int = GROUP, completion: int = COMPLETION) -> int:
+def longest_prompt(
+    shape: ModelShape, setting: Setting, gpu: Gpu, *, group: int = GROUP, completion: int = COMPLETION
+) -> int:
     """Tokens of the longest prompt whose group fits in one row and in the generator; 0 if none does."""
 
     def fits(prompt: int) -> bool:

@@ -67,7 +67,7 @@ def recipe_shape(model: ModelConfig, folder: str | None = None) -> ModelShape:
 
 
 def setting_of(recipe: Recipe, gpus: int) -> Setting:
-    """The recipe's own setting on `gpus` GPUs; keys that this version of a recipe doesn't have keep their defaults."""
+    """The recipe's own setting on `gpus` GPUs. Keys of `Setting` that a recipe doesn't have yet keep their defaults."""
     model = recipe.model
     return Setting(
         gpus=gpus,
@@ -97,7 +97,7 @@ def phase_load(recipe: Recipe, index: int, phase: Phase) -> Load:
     rows = -(-rl.batch_prompts // row.groups) * pieces
     again = rows if rl.masks else rows * (rl.updates - 1) // rl.updates
     return Load(
-        phase_name(index), phase.steps, row, rows, rl.updates,
+        phase_name(index), phase.steps, row, rows,
         forward_rows=again + (rows if rl.kl_weight else 0),
         prompts=rl.batch_prompts, size=rl.group_size, prompt=phase.upper, completion=phase.max_completion,
         batch_tokens=recipe.generator.batch_tokens, passes=loss_passes(rl),
@@ -126,7 +126,9 @@ def this_device(recipe: Recipe) -> tuple[Gpu, str]:
     device = pick_device(recipe.model.device)
     if device.type == "cuda":
         seen = torch.cuda.get_device_properties(device)
-        near = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in seen.name.upper()), GPUS["h100-80"])
+        near = next(
+            (gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in seen.name.upper()), GPUS["h100-80"]
+        )
         return replace(near, name=seen.name, memory=float(seen.total_memory)), seen.name
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     gpu = replace(GPUS["h100-80"], name="this machine's memory", memory=memory, host_memory=memory)
@@ -154,5 +156,9 @@ def check_fits(recipe: Recipe, console: Console, *, force: bool, gpus: int = 1) 
         console.warn(f"{problem}; going on, as --force says")
         return
     better = propose(shape, setting_of(recipe, gpus), gpu, loads_of(recipe))
-    way_out = f"{' '.join(better.changes)} would" if better.best else "nothing that the planner knows would: see longreach plan"
+    way_out = (
+        f"{' '.join(better.changes)} would"
+        if better.best
+        else "nothing that the planner knows would: see longreach plan"
+    )
     raise ValueError(f"{problem}. {way_out}; --force goes on nevertheless")

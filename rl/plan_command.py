@@ -42,8 +42,12 @@ def add_plan(commands: Any) -> None:
         command.add_argument(f"--gpu-{name}", type=float, metavar="X", help=f"with --gpu custom: {what}")
     command.add_argument("--model-config", metavar="DIR", help="a folder with the model's config.json, where no hub is")
     command.add_argument("--serve", type=int, default=0, metavar="N", help="a serving engine over N GPUs generates")
-    command.add_argument("--trace", action="store_true", help="run the real step at full shape without memory beside the formulas")
-    command.add_argument("--what-if", action="store_true", help="sweep prompts to 1M tokens and GPUs to 1,024, and draw it")
+    command.add_argument(
+        "--trace", action="store_true", help="run the real step at full shape without memory beside the formulas"
+    )
+    command.add_argument(
+        "--what-if", action="store_true", help="sweep prompts to 1M tokens and GPUs to 1,024, and draw it"
+    )
     command.add_argument("--out", type=Path, metavar="PNG", help="where --what-if draws (default: plan-NAME-GPU.png)")
     command.set_defaults(run=run_plan)
 
@@ -85,14 +89,28 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
             load.name, f"{load.row.tokens:,}", f"{made.peak / 1e9:.2f}", f"{formula / 1e9:.2f}", f"{formula / made.peak - 1:+.1%}",
             f"{made.flops / 1e12:,.1f}", f"{flops / 1e12:,.1f}", f"{flops / made.flops - 1:+.2%}", f"{took:.0f}",
         ])  # fmt: skip
-    names = ["phase", "tokens", "traced GB", "formula GB", "off by", "traced TFLOP", "formula TFLOP", "off by", "seconds"]
-    head = "one micro-batch by the real step, traced without memory on one GPU (no sharding, no offloading, no optimizer)"
+    names = [
+        "phase",
+        "tokens",
+        "traced GB",
+        "formula GB",
+        "off by",
+        "traced TFLOP",
+        "formula TFLOP",
+        "off by",
+        "seconds",
+    ]
+    head = (
+        "one micro-batch by the real step, traced without memory on one GPU (no sharding, no offloading, no optimizer)"
+    )
     return f"{head}\n" + table(names, rows)
 
 
 def alone(setting: Setting) -> Setting:
     """The part of a setting that one GPU's trace can have."""
-    return replace(setting, gpus=1, ring=1, ulysses=1, offload_activations=False, optimizer="adamw", serve=0, reference=False)
+    return replace(
+        setting, gpus=1, ring=1, ulysses=1, offload_activations=False, optimizer="adamw", serve=0, reference=False
+    )
 
 
 def _config(recipe: Recipe, folder: str | None) -> Any:

@@ -90,7 +90,9 @@ def sweep_text(plan: Plan, points: Sequence[Point]) -> str:
         least = f"{min(point.gpus for point in fitting)}" if fitting else "none"
         saved = f"{fitting[0].saved:.1f}x" if fitting else ""
         rows.append([f"{context // 1000}K", *cells, least, saved])
-    mark = f"; *: a generator served over {SERVED} GPUs" if any(cell.endswith("*") for row in rows for cell in row) else ""
+    mark = (
+        f"; *: a generator served over {SERVED} GPUs" if any(cell.endswith("*") for row in rows for cell in row) else ""
+    )
     head = f"what if: {plan.loads[-1].name}'s step in seconds, by length of the prompts and number of {plan.gpu.name} (-: doesn't fit{mark})"
     return f"{head}\n" + table(["prompt", *map(str, gpus), "least GPUs", "FLOPs saved by sharing"], rows)
 
@@ -126,7 +128,11 @@ def sweep_figure(plan: Plan, points: Sequence[Point], path: Path) -> Path:
     _dress(right, "FLOPs of the update: dense / shared", logarithmic=False)
     if counts:
         left.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2)
-    figure.suptitle(f"{plan.recipe.name}: {plan.loads[-1].name} on {plan.gpu.name}, cheapest setting that fits", color=INK, fontsize=12)
+    figure.suptitle(
+        f"{plan.recipe.name}: {plan.loads[-1].name} on {plan.gpu.name}, cheapest setting that fits",
+        color=INK,
+        fontsize=12,
+    )
     figure.savefig(path, format="png", metadata={"Software": None})
     return path
 

@@ -38,7 +38,11 @@ def verdict(plan: Plan) -> str:
     if best is None:
         lines.append("nothing fits; shown is the recipe's own setting")
     elif plan.proposal.changes:
-        hours = f"{best.seconds / 3600:.1f} h instead of {own.seconds / 3600:.1f} h" if own.fits else f"{best.seconds / 3600:.1f} h"
+        hours = (
+            f"{best.seconds / 3600:.1f} h instead of {own.seconds / 3600:.1f} h"
+            if own.fits
+            else f"{best.seconds / 3600:.1f} h"
+        )
         lines.append(f"cheapest that fits ({hours}): {' '.join(plan.proposal.changes)}")
         if plan.proposal.own.setting.lora is None and best.setting.lora is not None:
             lines.append("adapters in place of all weights change what is learned: more GPUs are the other way")

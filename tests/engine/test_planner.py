@@ -77,7 +77,9 @@ ALST = [
 
 
 @pytest.mark.parametrize("gpu, gpus, features, reported", ALST)
-def test_longest_contexts_are_near_those_reported(gpu: str, gpus: int, features: dict[str, object], reported: int) -> None:
+def test_longest_contexts_are_near_those_reported(
+    gpu: str, gpus: int, features: dict[str, object], reported: int
+) -> None:
     """Another implementation's limits, not this one's: a factor of two either way would be a wrong formula.
 
     Where attention decides (everything tiled and offloaded) ours reaches less: it sums partial gradients in fp32.
@@ -121,7 +123,8 @@ def test_sharing_a_prompt_is_worth_what_the_flop_model_says() -> None:
 def test_ranks_share_the_work() -> None:
     load = step(Row(1, 60_000, 8, 2000), rows=8, prompts=8)
     one, data, sequence = (
-        plan_step(QWEN8, replace(LORA, gpus=n, ulysses=u, shard=False), GPUS["h200"], load) for n, u in ((1, 1), (8, 1), (8, 8))
+        plan_step(QWEN8, replace(LORA, gpus=n, ulysses=u, shard=False), GPUS["h200"], load)
+        for n, u in ((1, 1), (8, 1), (8, 8))
     )
     assert data.times["update"].seconds == pytest.approx(one.times["update"].seconds / 8)
     assert sequence.times["update"].seconds == pytest.approx(one.times["update"].seconds / 8)

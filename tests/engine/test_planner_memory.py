@@ -47,7 +47,13 @@ ROWS = {
     "repeated prompts": Row(1, 8000, 4, 1000, shared=False),
     "one completion": Row(1, 20_000, 1, 500),
 }
-EVERY = [(m, s, r) for i, m in enumerate(MODELS) for j, s in enumerate(SETTINGS) for k, r in enumerate(ROWS) if (i + j + k) % 5 == 0]
+EVERY = [
+    (m, s, r)
+    for i, m in enumerate(MODELS)
+    for j, s in enumerate(SETTINGS)
+    for k, r in enumerate(ROWS)
+    if (i + j + k) % 5 == 0
+]
 """A fifth of the full grid, in which every pair of a model and a setting, and of a setting and a row, stands."""
 
 
@@ -116,7 +122,10 @@ def test_offloaded_inputs_and_states_stand_on_the_host() -> None:
     setting = replace(BF16, gradient_checkpointing=True, offload_activations=True)
     made = training_memory(shape, setting, row)
     assert made.host == 36 * 2 * 4096 * row.tokens
-    assert training_memory(shape, replace(setting, optimizer="adamw-offload"), row).host == made.host + 12 * shape.parameters
+    assert (
+        training_memory(shape, replace(setting, optimizer="adamw-offload"), row).host
+        == made.host + 12 * shape.parameters
+    )
 
 
 def test_no_prompt_row_meets_the_vocabulary() -> None:

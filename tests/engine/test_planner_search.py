@@ -20,7 +20,9 @@ FULL = Setting(autocast=True)
 
 def load(prompt: int, completion: int = 4000, prompts: int = 16) -> Load:
     row = Row(1, prompt, 8, completion)
-    return Load("phase1", 10, row, prompts, prompts=prompts, size=8, prompt=prompt, completion=completion, batch_tokens=1 << 18)
+    return Load(
+        "phase1", 10, row, prompts, prompts=prompts, size=8, prompt=prompt, completion=completion, batch_tokens=1 << 18
+    )
 
 
 @pytest.mark.parametrize("own, gpus, prompt", [(LORA, 1, 120_000), (LORA, 4, 60_000), (FULL, 8, 60_000)])
@@ -62,13 +64,15 @@ def test_adapters_and_other_optimizers_come_last() -> None:
 
 def test_layouts_divide_gpus_and_heads() -> None:
     found = layouts(SHAPE, 12)
-    assert (1, 1) == found[0] and (12, 1) in found and (3, 4) in found
+    assert found[0] == (1, 1) and (12, 1) in found and (3, 4) in found
     assert all(12 % (ring * ulysses) == 0 and 32 % ulysses == 0 for ring, ulysses in found)
     assert (1, 12) not in found
 
 
 def test_changes_are_command_line_keys() -> None:
-    best = replace(FULL, gpus=8, ring=2, ulysses=4, gradient_checkpointing=True, tile_tokens=4096, optimizer="adamw-8bit")
+    best = replace(
+        FULL, gpus=8, ring=2, ulysses=4, gradient_checkpointing=True, tile_tokens=4096, optimizer="adamw-8bit"
+    )
     assert changes(replace(FULL, gpus=8), best) == (
         "--parallel.ring 2", "--parallel.ulysses 4", "--model.gradient-checkpointing true", "--model.tile-tokens 4096",
         "--optimizer.kind adamw-8bit",

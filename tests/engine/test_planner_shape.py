@@ -50,7 +50,9 @@ def test_what_cannot_be_read_names_the_way_out() -> None:
 
 
 def test_experts_have_no_plan() -> None:
-    config = transformers.MixtralConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
+    config = transformers.MixtralConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1
+    )
     with pytest.raises(Unplannable, match="8 experts"):
         shape_of(config)
 

@@ -37,7 +37,9 @@ class Allocated(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if "empty" in str(func) or "full" in str(func) or "zeros" in str(func):
-            self.shapes += [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor) and x.numel() >= self.least]
+            self.shapes += [
+                tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor) and x.numel() >= self.least
+            ]
         return result
 
 
