@@ -17,7 +17,6 @@ from .planner_time import (
     Time,
     decode_time,
     forward_time,
-    forward_work,
     prefill_time,
     sync_time,
     update_time,
@@ -35,7 +34,6 @@ class Load:
     """The row of one micro-batch at its largest."""
     rows: int
     """Rows of a step's updates; each ends in the group's G completions, or in some of them with its prompt again."""
-    updates: int = 1
     forward_rows: int = 0
     """Rows that pass without gradients: old log-probs of all updates but the first, and the reference's."""
     prompts: int = 0
@@ -180,8 +178,3 @@ def _dense_flops(shape: ModelShape, setting: Setting, load: Load) -> float:
         return load.rows * update_work(shape, setting, load.row, load.passes).flops
     row = Row(1, load.prompt, load.size, load.completion, shared=False)
     return load.prompts * update_work(shape, setting, row, load.passes).flops
-
-
-def forward_flops(shape: ModelShape, load: Load) -> float:
-    """Of the rows that pass without gradients."""
-    return load.forward_rows * forward_work(shape, load.row).flops

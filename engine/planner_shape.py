@@ -117,7 +117,7 @@ def shape_of(config: Any) -> ModelShape:
 def config_of(shape: ModelShape) -> Any:
     """A transformers configuration of such a model: Qwen3 where heads are normalised, Qwen2 with biases, else Llama."""
     cls: Any = Qwen3Config if shape.qk_norm else Qwen2Config if shape.qkv_bias else LlamaConfig
-    widths = {} if cls is Qwen2Config else {"head_dim": shape.head_dim}
+    widths: dict[str, Any] = {} if cls is Qwen2Config else {"head_dim": shape.head_dim}
     return cls(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.key_heads, tie_word_embeddings=shape.tied,

@@ -264,7 +264,7 @@ def _flash_scratch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     """FlashAttention-2's own buffers in a backward over segments: fp32 sums of dq, one fp32 a row and head, and with
     grouped keys dk and dv for every query head before they are added up."""
     del dout, v, out, lse
-    (tokens, heads, width), (keys, key_heads, _) = q.shape, k.shape
+    (tokens, heads, width), (keys, key_heads) = q.shape, k.shape[:2]
     sums = 4 * tokens * heads * (width + 1)
     return sums + (2 * keys * heads * width * q.element_size() if heads != key_heads else 0)
 

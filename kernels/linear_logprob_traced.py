@@ -36,7 +36,7 @@ def partial(scores: Scores) -> Partial:
     for i in range(0, n, triton_backend.PARTIAL_ROWS):
         parts = _parts(scores.rows(slice(i, i + triton_backend.PARTIAL_ROWS)))
         del parts
-    return Partial(*merged.unbind(), target)
+    return Partial(merged[0], merged[1], merged[2], target)
 
 
 def keep(scores: Scores) -> tuple[Partial, tuple[Tensor, Tensor]]:
@@ -45,7 +45,8 @@ def keep(scores: Scores) -> tuple[Partial, tuple[Tensor, Tensor]]:
     target = _empty(scores, n)
     kept = _matrix(scores, scores.vocab)
     parts = _parts(scores)
-    return Partial(*_empty(scores, 3, n).unbind(), target), (kept, parts)
+    merged = _empty(scores, 3, n)
+    return Partial(merged[0], merged[1], merged[2], target), (kept, parts)
 
 
 def gradient(scores: Scores, stats: Stats, upstream: Upstream, start: int, stop: int) -> Tensor:

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from packaging.requirements import InvalidRequirement, Requirement
 from torch import Tensor
+from transformers.utils.versions import require_version
 
 from ..engine.model import pick_device
 from ..engine.planner_shape import KNOWN, model_shape
@@ -148,13 +148,19 @@ def _requirements() -> Sequence[str]:
 
 
 def _out_of_range(distribution: str, version: str | None, requirements: Sequence[str]) -> str | None:
-    for text in requirements if version is not None else ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
+    """Whether an installed version lies outside the range of the requirement of that name."""
+    for text in requirements:
+        wanted = text.partition(";")[0].strip()
+        if (
+            version is None
+            or not wanted.startswith(distribution)
+            or wanted.removeprefix(distribution)[:1] not in tuple("<>=!")
+        ):
             continue
-        if requirement.name == distribution and not requirement.specifier.contains(version, prereleases=True):
-            return f"outside the range that was tried ({requirement.specifier})"
+        try:
+            require_version(wanted)
+        except ImportError:
+            return f"outside the range that was tried ({wanted.removeprefix(distribution)})"
     return None
 
 

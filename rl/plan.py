@@ -104,7 +104,7 @@ def phase_load(recipe: Recipe, index: int, phase: Phase) -> Load:
     rows = -(-rl.batch_prompts // row.groups) * pieces
     again = rows if rl.masks else rows * (rl.updates - 1) // rl.updates
     return Load(
-        phase_name(index), phase.steps, row, rows, rl.updates,
+        phase_name(index), phase.steps, row, rows,
         forward_rows=again + (rows if rl.kl_weight else 0),
         prompts=rl.batch_prompts, size=rl.group_size, prompt=phase.upper, completion=phase.max_completion,
         batch_tokens=recipe.generator.batch_tokens, passes=loss_passes(rl),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ CASES = plan.cases("cpu")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-def test_a_trace_is_what_was_measured(case: tuple) -> None:  # type: ignore[type-arg]
+def test_a_trace_is_what_was_measured(case: tuple[str, Any, Any, Any]) -> None:
     made = plan.measure(*case, "cpu")
     assert made.traced == pytest.approx(made.measured, rel=0.01)
     assert made.formula is None
