@@ -322,4 +322,5 @@ def test_merged_results_on_the_gpu(three_way: Callable[..., None], width: int) -
         o, s = attention.forward(a, b, c, causal=False, backend="reference")
         wanted.append([o, s, *attention.backward(d, a, b, c, o, s, causal=False, backend="reference")])
     for a, b, c in zip(ours, *wanted, strict=True):
-        three_way(a, b.to(a.dtype), c, terms=1.0)
+        # unrounded, but made of probabilities in bf16: judged by that
+        three_way(a, b, c, terms=1.0)
