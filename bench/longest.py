@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cpu":
         torch.set_num_threads(1)  # a peak is the same, and on a busy machine threads wait for each other
-    path = options.out or results.FOLDER / f"memory-{options.device}.json"
+    path = options.out or results.FOLDER / f"{results.MEMORY}{options.device}.json"
     conditions = results.conditions(options.device)
     for row in rows(options.device, DIMS[options.device], LENGTHS[options.device], BUDGET_MIB[options.device]):
         results.append(path, {**row, **conditions})
@@ -218,7 +218,7 @@ def make_model(device: str, dims: Mapping[str, int]) -> PreTrainedModel:
     d, E = dims["D"], HEAD_DIM[device]
     config = Qwen3Config(
         vocab_size=dims["V"], hidden_size=d, intermediate_size=4 * d, num_hidden_layers=dims["layers"],
-        num_attention_heads=d // E, num_key_value_heads=d // E // 2, head_dim=E, max_position_embeddings=1 << 20,
+        num_attention_heads=d // E, num_key_value_heads=max(1, d // E // 2), head_dim=E, max_position_embeddings=1 << 20,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -43,11 +43,11 @@ def draw(rows: Iterable[Row], path: Path) -> Path:
     axes.set_yticks(range(len(found)), labels, fontsize=10, color=INK)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(0.5 * min(row["longest"] for row in found), 30 * max(row["longest"] for row in found))
+    axes.set_xlim(0.5 * min(row["longest"] for row in found), 8 * max(row["longest"] for row in found))
     first = found[0]
     dims = first["dims"]
     axes.set_title(
-        f"Longest prompt of an update in {first['budget_mib']:,} MiB, each line with all above it\n"
+        f"Longest prompt of an update in {first['budget_mib']:,} MiB (a rank), each line with all above it\n"
         f"{dims['layers']} layers of width {dims['D']}, vocabulary {dims['V']:,}, {dims['G']} completions of {dims['R']} tokens, "
         f"{first['dtype']};\nread off lines fitted to peaks of short prompts ({first['lengths'][0]:,} to "
         f"{max(max(row['lengths'], default=0) for row in found):,} tokens) measured on {'a CPU' if first['threads'] else first['device']}",

@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"
 PLACE = ("op", "dims", "dtype", "pass", "contender", "device", "threads")
 
+MEMORY = "memory-"
+"""Begins the names of `longest`'s files."""
+
 CRASHED = "failed: AcceleratorError"
 
 Row = dict[str, Any]
