@@ -100,6 +100,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     options: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError(
+            f"optimizer.kind = {config.kind!r} has not been shown right on weights that are sharded over ranks: set "
+            'optimizer.kind = "adamw" (its averages are sharded too), or parallel.shard = false'
+        )
     if find_spec("torchao") is None:
         raise ValueError(
             f'optimizer.kind = {config.kind!r} needs torchao: install longreach[torchao], or set optimizer.kind = "adamw"'

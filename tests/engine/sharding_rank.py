@@ -125,11 +125,21 @@ def run(case: dict[str, Any], mesh: Mesh, rank: int, folder: Path, name: str) ->
     optimizers = [make_optimizer(one, config) for one in (model, alone)]
     found["norms"] = [apply_update(o, m, 1e-3, 0.5) for o, m in zip(optimizers, (model, alone), strict=True)]
     found |= {"update": {n: (whole(p.detach()), alone.get_parameter(n).detach()) for n, p in trainable(model).items()}}
+    found["refusal"] = refusal(model)
     found["drawn"] = sampled(model, weights, precision)
     found["alone"] = sampled(alone, Weights(alone), precision)
     found["state"] = whole_state(model, keep=rank == 0)
     found["restored"] = restored(optimizers[0], folder if rank == 0 else None, folder, name)
     return found
+
+
+def refusal(model: PreTrainedModel) -> str:
+    """What is said of averages that aren't AdamW's own; only sharded weights have something against them here."""
+    try:
+        make_optimizer(model, OptimizerConfig(kind="adamw-offload"))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def sampled(model: PreTrainedModel, weights: Weights, precision: Any) -> list[Any]:

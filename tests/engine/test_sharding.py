@@ -65,6 +65,11 @@ def test_a_unit_is_gathered_once_each_way_and_the_head_once(ranks: list[dict[str
     assert ranks[0][case]["scatters"] == 2 * trained_units
 
 
+def test_averages_that_know_no_shards_are_refused(ranks: list[dict[str, Any]]) -> None:
+    assert "sharded over ranks" in ranks[0]["tied"]["refusal"]
+    assert "sharded over ranks" not in ranks[0]["copied"]["refusal"]
+
+
 def test_copied_weights_are_not_sharded(ranks: list[dict[str, Any]]) -> None:
     assert (ranks[0]["copied"]["sharded"], ranks[0]["copied"]["gathers"]) == (0, 0)
 
