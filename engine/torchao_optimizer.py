@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchao.optim import AdamW8bit, CPUOffloadOptimizer
-from torchao.optim.subclass_8bit import OptimState8bit
+from torchao.optim import AdamW8bit, CPUOffloadOptimizer  # pyright: ignore[reportMissingImports]
+from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
 _PARTS, _ATTRIBUTES = "8-bit parts", "8-bit attributes"
 
