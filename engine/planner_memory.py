@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .generate import LOGITS_BYTES, PREFILL_TOKENS
 from .model import LoraConfig
 from .planner_layer import WIDE, Compute, LayerBytes, layer_bytes
 from .planner_shape import ModelShape, Row
@@ -25,9 +26,8 @@ KEPT_BYTES = 2500 << 20
 """Budget of a chunk of the loss on a GPU: `kernels.linear_logprob_triton.KEPT_BYTES`, which needs Triton to be read."""
 PART_BYTES = 3 * WIDE / 128
 """Bytes a score that the parts' results of a chunk take."""
-SAMPLING_BYTES = 3 * (256 << 20)
-"""The generator's fp64 scores while it samples: `generate.LOGITS_BYTES`, with what is made of them."""
-PREFILL_TOKENS = 1 << 15
+SAMPLING_BYTES = 3 * LOGITS_BYTES
+"""The generator's fp64 scores while it samples, with what is made of them."""
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * WIDE / 256, "adamw-offload": 0.0}
 """A trained parameter's state on the GPU, by `optimizer.kind`; 8-bit states have one fp32 scale for 256 entries."""
 PREFETCHED = 2

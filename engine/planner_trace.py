@@ -157,10 +157,12 @@ def trace_step(
         capability: of the GPU that is pretended; None traces what a CPU does.
 
     Raises:
-        ValueError: a setting of several GPUs, or one that moves tensors to a host: neither has a trace.
+        ValueError: a setting of several GPUs, or one that the model isn't put under here.
     """
-    if setting.gpus > 1 or setting.sp > 1 or setting.offload_activations:
-        raise ValueError("only one GPU's step without offloading can be traced: the rest of a plan is formulas")
+    if setting.gpus > 1 or setting.sp > 1 or setting.offload_activations or setting.tile_tokens or setting.liger:
+        raise ValueError(
+            "only one GPU's step without offloading, tiles and fused modules can be traced: the rest of a plan is formulas"
+        )
     groups = [
         Group(torch.zeros(row.prompt, dtype=torch.long), [torch.zeros(row.completion, dtype=torch.long)] * row.size)
         for _ in range(row.groups)

@@ -100,16 +100,23 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         "off by",
         "seconds",
     ]
-    head = (
-        "one micro-batch by the real step, traced without memory on one GPU (no sharding, no offloading, no optimizer)"
-    )
+    head = "one micro-batch by the real step, traced without memory on one GPU (no sharding, offloading, tiles or optimizer)"
     return f"{head}\n" + table(names, rows)
 
 
 def alone(setting: Setting) -> Setting:
     """The part of a setting that one GPU's trace can have."""
     return replace(
-        setting, gpus=1, ring=1, ulysses=1, offload_activations=False, optimizer="adamw", serve=0, reference=False
+        setting,
+        gpus=1,
+        ring=1,
+        ulysses=1,
+        offload_activations=False,
+        tile_tokens=0,
+        liger=False,
+        optimizer="adamw",
+        serve=0,
+        reference=False,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from longreach.engine import planner_memory
 from longreach.engine.model import LoraConfig
 from longreach.engine.planner_memory import (
     Setting,
@@ -149,3 +150,8 @@ def test_a_generator_of_its_own_where_weights_are_sharded() -> None:
     assert many.parts["generator weights"] == 2 * shape.parameters == 4 * served.parts["generator weights"]
     keys = 2 * 36 * 1024 * 2 * 100_000
     assert many.parts["generator keys and values"] == keys == 4 * served.parts["generator keys and values"]
+
+
+def test_the_loss_has_the_budget_that_its_kernels_have() -> None:
+    triton_backend = pytest.importorskip("longreach.kernels.linear_logprob_triton")
+    assert planner_memory.KEPT_BYTES == triton_backend.KEPT_BYTES
