@@ -35,6 +35,7 @@ from ..kernels import spend as _spend  # registers the operator
 from ..kernels.gpu import pretending
 from . import attention
 from .completions import completion_policy_loss
+from .model import save_memory
 from .packing import Group
 from .planner_memory import Setting
 from .planner_shape import Row
@@ -159,9 +160,9 @@ def trace_step(
     Raises:
         ValueError: a setting of several GPUs, or one that the model isn't put under here.
     """
-    if setting.gpus > 1 or setting.sp > 1 or setting.offload_activations or setting.tile_tokens or setting.liger:
+    if setting.gpus > 1 or setting.sp > 1 or setting.offload_activations or setting.liger:
         raise ValueError(
-            "only one GPU's step without offloading, tiles and fused modules can be traced: the rest of a plan is formulas"
+            "only one GPU's step without offloading and fused modules can be traced: the rest of a plan is formulas"
         )
     groups = [
         Group(torch.zeros(row.prompt, dtype=torch.long), [torch.zeros(row.completion, dtype=torch.long)] * row.size)
@@ -189,8 +190,7 @@ def _model(config: PreTrainedConfig, setting: Setting) -> Any:
 
         add_lora(model, setting.lora)
     model.train()
-    if setting.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    save_memory(model, setting.gradient_checkpointing, False, setting.tile_tokens, verify=False)
     return model
 
 

@@ -100,7 +100,7 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         "off by",
         "seconds",
     ]
-    head = "one micro-batch by the real step, traced without memory on one GPU (no sharding, offloading, tiles or optimizer)"
+    head = "one micro-batch by the real step, traced without memory on one GPU (no sharding, offloading or optimizer)"
     return f"{head}\n" + table(names, rows)
 
 
@@ -112,7 +112,6 @@ def alone(setting: Setting) -> Setting:
         ring=1,
         ulysses=1,
         offload_activations=False,
-        tile_tokens=0,
         liger=False,
         optimizer="adamw",
         serve=0,

@@ -39,6 +39,8 @@ SETTINGS = {
     "autocast, checkpointed": replace(AUTOCAST, gradient_checkpointing=True),
     "lora": replace(BF16, lora=LoraConfig(rank=16)),
     "lora, checkpointed": replace(BF16, lora=LoraConfig(rank=64), gradient_checkpointing=True),
+    "lora, tiles": replace(BF16, lora=LoraConfig(rank=32), gradient_checkpointing=True, tile_tokens=4096),
+    "autocast, tiles": replace(AUTOCAST, gradient_checkpointing=True, tile_tokens=8192),
     "lora on q and v": replace(BF16, lora=LoraConfig(targets=("q_proj", "v_proj")), gradient_checkpointing=True),
 }
 ROWS = {

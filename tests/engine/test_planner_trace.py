@@ -179,9 +179,7 @@ def test_adapters_are_traced_too() -> None:
     assert 0 < frozen.flops < full.flops
 
 
-@pytest.mark.parametrize(
-    "setting", [Setting(gpus=2), Setting(offload_activations=True), Setting(tile_tokens=4096), Setting(liger=True)]
-)
+@pytest.mark.parametrize("setting", [Setting(gpus=2), Setting(offload_activations=True), Setting(liger=True)])
 def test_what_has_no_trace_says_so(setting: Setting) -> None:
     with pytest.raises(ValueError, match="only one GPU's step"):
         trace_step(config_of(SHAPE), setting, ROW)
