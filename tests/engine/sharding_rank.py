@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from longreach.engine import Group, Sampling, completion_policy_loss, generate
+from longreach.engine import Group, Sampling, attention, completion_policy_loss, generate
 from longreach.engine.checkpoint import load_state, save_state
 from longreach.engine.launch import join
 from longreach.engine.lora import add_lora
@@ -55,9 +55,8 @@ def make_model(
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=30, intermediate_size=45, num_hidden_layers=LAYERS, num_attention_heads=3,
         num_key_value_heads=1, head_dim=10, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2,
-        attn_implementation="longreach",
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
     if lora:
         add_lora(model, LoraConfig(rank=3))
         for name, parameter in trainable(model).items():
