@@ -36,7 +36,7 @@ def write_tensors(path: Path, shapes: Sequence[Tensor], tensors: Iterable[Tensor
             "data_offsets": [at, at + size],
         }
         starts[i], at = at, at + size
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

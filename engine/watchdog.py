@@ -166,7 +166,7 @@ class Watchdog:
 
     def _say(self, **changes: Any) -> None:
         with self._lock:
-            begun = sum(group._get_sequence_number_for_group() for group in self.groups)  # pyright: ignore[reportAttributeAccessIssue]  (a stub lacks it)
+            begun = sum(map(_begun, self.groups))
             self._beat = replace(self._beat, count=self._beat.count + 1, collectives=begun, **changes)
             self.store.set(f"beat/{self.rank}", json.dumps(asdict(self._beat)))
 
@@ -234,6 +234,12 @@ class Watchdog:
         ranks = [rank for rank in ranks if rank not in self.missing()]  # a read would wait for those
         raw = self.store.multi_get([f"beat/{rank}" for rank in ranks])
         return {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, raw, strict=True)}
+
+
+def _begun(group: ProcessGroup) -> int:
+    """Collectives that this process has begun in a group, on whatever devices it has."""
+    raw: Any = group  # the stub lacks these
+    return sum(raw._get_backend(device)._get_sequence_number_for_group() for device in raw._device_types)
 
 
 def _nothing(_signal: int, _frame: FrameType | None) -> None:
