@@ -29,7 +29,7 @@ def test_safetensors_reads_every_dtype_and_shape(tmp_path: Path) -> None:
 def test_the_file_is_no_longer_than_safetensors_own(tmp_path: Path) -> None:
     write_tensors(tmp_path / "ours", TENSORS, TENSORS)
     save_file({str(i): t.contiguous() for i, t in enumerate(TENSORS)}, tmp_path / "theirs")
-    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
+    assert (tmp_path / "ours").stat().st_size <= (tmp_path / "theirs").stat().st_size
 
 
 def test_nothing_is_a_file_too(tmp_path: Path) -> None:
