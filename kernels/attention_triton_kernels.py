@@ -160,6 +160,16 @@ def delta_kernel(
 
 
 @triton.jit
+def _rows(p_row, o_row, last, MASKED: tl.constexpr):
+    """A number a row, with MASKED 0 from row `last` on."""
+    if MASKED:
+        b_row = tl.load(p_row, mask=o_row < last, other=0.0)
+    else:
+        b_row = tl.load(p_row)
+    return b_row
+
+
+@triton.jit
 def _add_keys(
     dk, dv, b_k, b_v, q, dout, q_tma, dout_tma, base, delta, head, row, column, last, scale, tokens,
     stride_q, stride_q_head,
@@ -172,9 +182,10 @@ def _add_keys(
     # a row past the end: p = exp2(0 - inf)
     if MASKED:
         b_base = tl.load(base + at, mask=o_row < last, other=float("inf"))
-        b_delta = tl.load(delta + at, mask=o_row < last, other=0.0)
     else:
-        b_base, b_delta = tl.load(base + at), tl.load(delta + at)
+        b_base = tl.load(base + at)
+    if WIDTH <= 64:
+        b_delta = _rows(delta + at, o_row, last, MASKED)
     b_q = _block(q, q_tma, head, row, last, stride_q, stride_q_head, E, ROWS, WIDTH, TMA, MASKED)
     p = tl.exp2(tl.dot(b_k, b_q.T, input_precision=PRECISION) * scale - b_base[None, :])
     if MASKED and CAUSAL:
@@ -182,6 +193,9 @@ def _add_keys(
     b_do = _block(dout, dout_tma, head, row, last, stride_q, stride_q_head, E, ROWS, WIDTH, TMA, MASKED)
     dv = tl.dot(p.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
     dp = tl.dot(b_v, b_do.T, input_precision=PRECISION)
+    if WIDTH > 64:
+        # the sums of a wide head leave no registers to hold it any sooner
+        b_delta = _rows(delta + at, o_row, last, MASKED)
     ds = p * (dp - b_delta[None, :])
     dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
     return dk, dv

@@ -14,9 +14,6 @@ from .case import CompileCase, Mutant, Work
 SHAPE = {"T": 131072, "H": 32, "K": 8, "E": 128}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INPUTS = ("q", "k", "v", "dout")
-SPILLS = {90: 16}
-"""Bytes of stack that dk and dv may have: on Hopper, Triton 3.6 takes 16 at a head dim of 128 (3.7 none). Their sums and
-the products' fill the registers of 8 warps, and smaller blocks would feed the tensor cores worse."""
 
 
 def work(shape: Mapping[str, int]) -> list[Work]:
@@ -95,7 +92,7 @@ def _kernels(arch: int, width: int, dtype: str = "bf16", *, out: str = "", causa
 
     tiles = AttentionTiles.of(divmod(arch, 10), DTYPES[dtype], width)
 
-    def case(kernel: Any, block: Block, spills: int) -> CompileCase:
+    def case(kernel: Any, block: Block) -> CompileCase:
         types = _types(tiles, block, dtype, out or dtype)
         values = {
             "E": width, "WIDTH": tiles.width, "ROWS": block.rows, "COLUMNS": block.columns, "EDGE": block.edge,
@@ -108,13 +105,12 @@ def _kernels(arch: int, width: int, dtype: str = "bf16", *, out: str = "", causa
             f"{kernel.__name__.removesuffix('_kernel')} {width} {dtype}{how}",
             *(kernel, signature, values, divisible, block.warps, block.stages),
             tensor_cores=dtype != "fp32",
-            spills_allowed=spills,
         )
 
     return [
-        case(kernels.forward_kernel, tiles.forward, 0),
-        case(kernels.keys_kernel, tiles.keys, SPILLS.get(arch, 0)),
-        case(kernels.queries_kernel, tiles.queries, 0),
+        case(kernels.forward_kernel, tiles.forward),
+        case(kernels.keys_kernel, tiles.keys),
+        case(kernels.queries_kernel, tiles.queries),
     ]
 
 
