@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.utils.versions import require_version
 
+from ..engine.launch import Job
 from ..engine.model import pick_device
 from ..engine.planner_shape import KNOWN, model_shape
 from ..kernels.attention_choice import BACKENDS, choose, unsuited
@@ -83,13 +84,13 @@ def add_doctor(commands: Any) -> None:
     command.set_defaults(run=run_doctor)
 
 
-def run_doctor(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], console: Console) -> int:
+def run_doctor(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], console: Console, job: Job) -> int:
     """Prints the report; 1 if something needed is broken."""
     if overrides:
         raise ValueError(f"doctor takes no recipe keys, but got --{overrides[0][0]}")
     shape = model_shape(known.model)  # a name that is wrong is told before anything else
     device = pick_device()
-    links = link_lines(device)
+    links = link_lines(job, device)
     if not links:
         return 0  # another rank has the word
     needed = [look_at(name) for name in (*NEEDED, *(["triton"] if sys.platform == "linux" else []))]

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from ..engine.launch import Job
+from ..engine.mesh import ParallelConfig
+
 BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
 ROUNDS = 5
-WAIT = timedelta(seconds=60)
+WAIT_S = 60.0
 
 
-def link_lines(device: torch.device) -> list[str]:
+def link_lines(job: Job, device: torch.device) -> list[str]:
     """From each rank to the next, one direction; every rank must call it, and rank 0 gets the answer. One process has no links."""
-    if not dist.is_torchelastic_launched():
+    if job.size == 1:
         return ["one process: start this with torchrun --nproc-per-node N -m longreach.rl.cli doctor to measure them"]
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=WAIT)
-    try:
-        return _measure(device, backend)
-    finally:
-        dist.destroy_process_group()
+    job.connect(ParallelConfig(timeout_s=WAIT_S), device)
+    return _measure(device, "nccl" if device.type == "cuda" else "gloo")
 
 
 def _measure(device: torch.device, backend: str) -> list[str]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if device.type == "cuda":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())  # `connect` chose it
     sent = torch.zeros(BYTES[device.type] // 4, device=device)
     received = torch.empty_like(sent)
     mine = [_exchange(sent, received, (rank + 1) % ranks, (rank - 1) % ranks) for _ in range(ROUNDS)]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..engine.launch import Job
 from ..engine.model import read_config
 from ..engine.planner_hardware import GPUS, gpu_named
 from ..engine.planner_memory import Setting, training_memory
@@ -52,7 +53,7 @@ def add_plan(commands: Any) -> None:
     command.set_defaults(run=run_plan)
 
 
-def run_plan(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], console: Console) -> int:
+def run_plan(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], console: Console, _: Job) -> int:
     """Prints the plan; the exit status."""
     recipe = load_recipe(known.recipe, overrides)
     gpu = gpu_named(
