@@ -222,8 +222,9 @@ def advice(needed: Sequence[Package], extras: Sequence[Package], device: torch.d
     broken = [package for package in needed if package.problem or package.version is None]
     if broken:
         return f"repair {broken[0].name}: pip install --force-reinstall {DISTRIBUTIONS.get(broken[0].name, broken[0].name)}"
+    absent = {package.name for package in extras if package.version is None}
     for package in extras:
-        if package.problem:
+        if package.problem and not any(f"No module named '{name}'" in package.problem for name in absent):
             return f"repair or remove {package.name} ({package.problem})"
     worth = ["peft"] if device.type == "cpu" else ["peft", "torchao", "liger_kernel", "vllm"]
     for package in extras:

@@ -113,6 +113,14 @@ def test_a_wrong_model_or_key_is_told_first(capsys: pytest.CaptureFixture[str]) 
     assert "takes no recipe keys" in capsys.readouterr().err
 
 
+def test_an_extra_that_waits_for_another_is_no_reason_to_repair() -> None:
+    waiting = Package("ring_flash_attn", "0.1.8", "ModuleNotFoundError: No module named 'flash_attn'")
+    fine = [Package("torch", "2.13.0")]
+    peft = Package("peft", "0.21.2")
+    assert "nothing is missing" in advice(fine, [peft, waiting, Package("flash_attn", None)], torch.device("cpu"))
+    assert "repair or remove ring_flash_attn" in advice(fine, [peft, waiting], torch.device("cpu"))
+
+
 @pytest.mark.slow
 def test_two_ranks_measure_their_link_and_one_speaks() -> None:
     """Also with extras that can't be imported: nothing here needs them."""
