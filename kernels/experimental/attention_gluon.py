@@ -55,22 +55,22 @@ TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: 
 
 def unsuited(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, *, backward: bool = False) -> str | None:
     """Why `forward`, or `backward`, can't take this call, None if it can."""
+    if not q.is_cuda:
+        return f"it is compiled for Hopper GPUs alone, and these tensors are on {q.device}"
+    if reason := gpu.unsuited(q, k) or gpu.unsuited(q, v):
+        return reason
+    found = gpu.capability(q.device)
+    if found[0] != gpu.HOPPER[0]:
+        return f"it is compiled for Hopper GPUs alone, and this one's compute capability is {found}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{q.dtype} is not one of bfloat16, float16"
     known = KEYS if backward else FORWARD
     if q.shape[2] not in known:
         what = "its backward's head dims are" if backward else "its head dims are"
         return f"{what} {', '.join(map(str, known))}, and this one is {q.shape[2]}"
     if not scale > 0:
         return f"scale {scale} is not positive, and a row's largest score is found before it is scaled"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{q.dtype} is not one of bfloat16, float16"
-    if not q.is_cuda:
-        return f"it is compiled for Hopper GPUs alone, and these tensors are on {q.device}"
-    reason = gpu.unsuited(q, k) or gpu.unsuited(q, v)
-    if reason is None and gpu.capability(q.device)[0] != gpu.HOPPER[0]:
-        reason = (
-            f"it is compiled for Hopper GPUs alone, and this one's compute capability is {gpu.capability(q.device)}"
-        )
-    return reason
+    return None
 
 
 def forward(
@@ -127,8 +127,8 @@ def backward(
     As `attention_triton.backward`: rows of infinite lse get and give no gradient, sums always have one order.
     """
     (tokens, heads, width), key_heads = q.shape, k.shape[1]
-    dout = dout.to(q.dtype)
-    base, delta = row_sums(_flat(dout).view(dout.shape), out, lse)
+    dout = _flat(dout.to(q.dtype)).view(dout.shape)
+    base, delta = row_sums(dout, out, lse)
     dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=grad_dtype, device=q.device) for _ in range(2))
     for a, b in alone(bounds_q, bounds_k):

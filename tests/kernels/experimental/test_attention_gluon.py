@@ -194,8 +194,9 @@ def test_it_is_taken_by_name_alone() -> None:
         attention.forward(q, q, q, causal=True, backend="gluon")
 
 
-def test_a_scale_that_is_not_positive_is_refused() -> None:
-    q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
+def test_a_scale_that_is_not_positive_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    q: Any = OnAGpu(torch.bfloat16, 64)
     assert "scale -1.0 is not positive" in str(backend.unsuited(q, q, q, -1.0))
 
 
