@@ -23,7 +23,8 @@ def longreach(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 def test_a_plan_is_printed(longreach: Callable[..., Result]) -> None:
-    status, out, _ = longreach("plan", "one-gpu-8b-lora", "--gpu", "h100-80")
+    bare = ("--model.offload-activations", "false", "--model.tile-tokens", "0")
+    status, out, _ = longreach("plan", "one-gpu-8b-lora", "--gpu", "h100-80", *bare)
     assert status == 0
     assert "on 1 x h100-80 (75.2 GB usable each)" in out and "--model.tile-tokens 8192" in out
 
