@@ -51,7 +51,7 @@ def use_liger(model: PreTrainedModel) -> None:
 
 def liger_kernels() -> Kernels:
     """Liger's own."""
-    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb  # an extra
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]  (an extra)
 
     return Kernels(LigerRMSNorm.forward, LigerSwiGLUMLP.forward, liger_rotary_pos_emb)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -239,6 +240,7 @@ RUNS: dict[type, dict[str, Row]] = {
 def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> Make:
     """Everything that a run leaves behind but measured times, and the threads it asked for (two would fight for this core)."""
     seen: dict[str, Any] = {}
+    begun = itertools.count()  # a run that is refused leaves its folder behind
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
 
@@ -256,7 +258,7 @@ def ran(make_recipe: Make, data_dir: Path, tmp_path: Path, calls: list[str], mon
             first = (data_dir / "sft.jsonl").read_text().splitlines()[:3]
             (tmp_path / "first.jsonl").write_text("\n".join(first))
             keys["sft__data"] = str(tmp_path / "first.jsonl")
-        run_dir = tmp_path / str(len(seen))
+        run_dir = tmp_path / str(next(begun))
         calls.clear()
         threads.clear()
         train(make_recipe(**keys), run_dir, console=Console(quiet=True))

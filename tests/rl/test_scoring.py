@@ -225,5 +225,5 @@ def test_the_wait_begins_when_generation_has_ended() -> None:
     with scoring(judge, max_wait=0.25) as one:
         add(one, 1)
         time.sleep(0.2)
-        assert one.results()[0].judged == 0.0
+        assert one.results()[1].judged == 0.0
     assert judge.late == 0
