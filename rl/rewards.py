@@ -166,8 +166,10 @@ class Reward:
 
     def _looked(self, scoring: Scoring[Verdict | None]) -> dict[int, Looked[Verdict | None]]:
         """What became of all completions, each handed in on one rank. A judge that is no use on one is so on all."""
-        mine, failing = scoring.results(), None
+        mine: dict[int, Looked[Verdict | None]] = {}
+        failing = None
         try:
+            mine = scoring.results()  # a judge that refuses to be asked says so here
             if self.judge is not None:
                 self.judge.check()
         except JudgeFailing as error:
