@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 BEGIN, END = "<!-- layout: made by `make layout` -->", "<!-- end of layout -->"
-FOLDERS = ("kernels", "kernels/checks", "engine", "rl", "rl/synthetic")
+FOLDERS = ("kernels", "kernels/checks", "kernels/experimental", "engine", "rl", "rl/synthetic")
 
 
 def phrase(path: Path) -> str:
