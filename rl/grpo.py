@@ -28,7 +28,7 @@ from .rollouts import Rollout, RolloutGroup, Unjudged, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
-from .step_metrics import add_means, cost, mask_metrics, mean_of, rollout_metrics
+from .step_metrics import add_means, cost, mask_metrics, mean_of, mismatch_metrics, rollout_metrics
 
 
 @dataclass
@@ -238,7 +238,7 @@ class GrpoTrainer:
             if "entropy" in means:
                 self.entropy.observe(means["entropy"].value)
             add_means(totals, means)
-        metrics = {name: mean.value for name, mean in totals.items()}
+        metrics = mismatch_metrics({name: mean.value for name, mean in totals.items()})
         return {
             **metrics,
             **({"entropy_coef": mean_of(weights)} if self.config.adaptive_entropy else {}),
@@ -260,7 +260,7 @@ class GrpoTrainer:
             inputs = _loss_inputs(samples, self.policy.model.device)
             result = self.policy.loss(
                 row, self.sampling.temperature, **inputs, kind=config.kind, normalizer=normalizer,
-                budget=self.budget, entropy_weight=self.entropy.weight, **config.loss_options(),
+                budget=self.budget, entropy_weight=self.entropy.weight, **config.loss_options(foreign=self.policy.foreign),
             )  # fmt: skip
             result.loss.backward()
             total += result.loss.item()

@@ -57,6 +57,9 @@ class Policy:
     while others have some), everything else with the same arguments.
     """
 
+    foreign = False
+    """Whether another program samples, whose log-probs differ from the trainer's by more than rounding."""
+
     def __init__(
         self,
         config: ModelConfig,

@@ -46,6 +46,19 @@ def mask_metrics(
     )
 
 
+def mismatch_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The loss's metrics with the effective share of samples in the place of the two moments that it is made of.
+
+    (mean rho)^2 / mean rho^2: 1 where generator and trainer agree, 1/N where one token of N has all the weight.
+    """
+    moments = ("sampling/ratio/mean", "sampling/ratio/mean_square")
+    rest = {name: value for name, value in metrics.items() if name not in moments}
+    if moments[0] not in metrics:
+        return rest
+    mean, square = (metrics[name] for name in moments)
+    return {**rest, "sampling/effective_sample_size": mean**2 / square}
+
+
 def cost(groups: Sequence[RolloutGroup], watch: Stopwatch, device: torch.device) -> dict[str, float]:
     """Throughput counts each prompt once and every completion token."""
     tokens = sum(len(g.prompt.ids) + sum(len(r.completion_ids) for r in g.rollouts) for g in groups)

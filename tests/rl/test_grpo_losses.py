@@ -20,7 +20,7 @@ from longreach.kernels.policy_loss import KINDS
 from longreach.kernels.policy_objective import COMMON_OPTIONS
 from longreach.rl.config import build
 from longreach.rl.grpo import GrpoTrainer, Minibatch, Sample
-from longreach.rl.grpo_config import GrpoConfig
+from longreach.rl.grpo_config import FOREIGN_CAP, GrpoConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.rollouts import RolloutGroup
@@ -165,6 +165,8 @@ def test_kinds_that_pull_compute_completions_without_an_advantage_too(
         ({"options": {"entropy_weight": 0.1}}, "rl.options.entropy_weight stands in [rl] itself"),
         ({"importance_range": [2.0]}, "importance_range must be a pair (low, high), got (2.0,)"),
         ({"importance_range": [2.0, 1.0]}, "importance_range needs 0 <= low < high, got (2.0, 1.0)"),
+        ({"importance": "of"}, "rl.importance 'of' is not known: auto or off"),
+        ({"importance": "off", "importance_cap": 2.0}, "leave out one or the other"),
         ({"importance_level": "group"}, "unknown importance_level 'group'"),
         ({"kind": "vespo", "importance_cap": 2.0, "importance_level": "sequence"}, "use 'token'"),
         ({"off_policy_threshold": 0.0}, "off_policy_threshold must be positive, got 0.0"),
@@ -186,3 +188,12 @@ def test_kinds_that_pull_compute_completions_without_an_advantage_too(
 def test_what_does_not_go_together_is_refused_with_its_name(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         build(GrpoConfig, keys, "rl")
+
+
+def test_a_generator_that_is_another_program_is_corrected_unless_the_recipe_says_how() -> None:
+    assert GrpoConfig().loss_options(foreign=True)["importance_cap"] == FOREIGN_CAP
+    assert "importance_cap" not in GrpoConfig().loss_options()
+    assert "importance_cap" not in GrpoConfig(importance="off").loss_options(foreign=True)
+    masked = GrpoConfig(importance_sequence_range=(0.5, 1.5)).loss_options(foreign=True)
+    assert masked == {**GrpoConfig(importance_sequence_range=(0.5, 1.5)).loss_options()}
+    assert "importance_cap" not in masked

@@ -89,9 +89,10 @@ STEP: dict[str, Row] = {
     "kl_bias_correction": (KL, {"kl_bias_correction": True}),
     "entropy_weight": ({}, {"entropy_weight": 0.1}),
     "scale": ({}, {"scale": "batch"}),
+    "importance": ({"foreign": True}, {"importance": "off"}),  # ratios of 1 to rounding
     "importance_cap": ({}, {"importance_cap": 0.5}),
     "importance_range": ({}, {"importance_range": (0.0, 0.999999)}),
-    "importance_level": ({"importance_cap": 2.0}, {"importance_level": "sequence"}),  # ratios of 1 to rounding
+    "importance_level": ({"importance_cap": 2.0}, {"importance_level": "sequence"}),  # likewise
     "importance_sequence_range": ({}, {"importance_sequence_range": (0.0, 1.0)}),
     "off_policy_threshold": ({}, {"off_policy_threshold": 1e-9}),
     "top_entropy_quantile": ({}, {"top_entropy_quantile": 0.5}),
@@ -108,10 +109,11 @@ STEP: dict[str, Row] = {
 
 @pytest.fixture
 def stepped(make_policy: Make, make_prompts: Make, scripted: Make, make_trainer: Make, calls: list[str]) -> Make:
-    def run(**options: Any) -> Any:
+    def run(foreign: bool = False, **options: Any) -> Any:
         prompts = make_prompts(*[5 + i % 4 for i in range(12)])
         reward = scripted(lambda example, place: 0.5 if int(example.id[1:]) % 3 == 0 else [1.0, 0.0, 0.25][place])
         policy, reference = make_policy(), make_policy() if options.get("kl_weight") else None
+        policy.foreign = foreign
         sampler = PromptSampler(range(12), {}, seed=0)
         config = GrpoConfig(**{**SMALL, **options})
         trainer = make_trainer(
