@@ -146,7 +146,8 @@ def ours(folder: Path, case: Case, *, shared: bool) -> Sample:
 
 
 def plain(folder: Path, case: Case) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=case.torch_dtype, device_map=None).to(case.device).eval()
+    made: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=case.torch_dtype)
+    return made.to(case.device).eval()
 
 
 def settings(case: Case) -> dict[str, Any]:
