@@ -1,7 +1,7 @@
 """The judge behind an OpenAI-compatible server: POST {base_url}/chat/completions.
 
 Many requests at once with a bound, rate limits, retries with jitter, one deadline over all tries of an answer, a circuit
-breaker, and a cache. The server is not trusted: a reply is read up to a size, as JSON of one shape, redirects are not
+breaker, and a cache. `OpenAIClient` carries any task, `OpenAIJudge` gives verdicts on answers. The server is not trusted: a reply is read up to a size, as JSON of one shape, redirects are not
 followed, and what is not a verdict is None, never 0. It gives up on voting: one deterministic sample per case.
 """
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 import httpx
 
@@ -26,6 +26,7 @@ from .judge_cache import VerdictCache, cache_key
 from .judge_config import JudgeConfig
 from .judge_limits import Limits
 from .judge_prompt import Case
+from .judge_task import C, Chat, Task, V
 
 MAX_REPLY = 1 << 20
 """Bytes of a reply that are read: what is longer is no chat completion."""
@@ -51,12 +52,14 @@ class Reply:
     tokens: float | None = None
 
 
-class OpenAIJudge(Judge):
-    """See `Judge`. Counters, breaker and limits outlive the block; connections and open requests don't."""
+class OpenAIClient(Generic[C, V]):
+    """Asks one task of one server. Counters, breaker and limits outlive the block; connections and open requests don't."""
 
-    def __init__(self, config: JudgeConfig, cache: VerdictCache, api_key: str | None = None) -> None:
-        self.config, self.cache = config, cache
-        self.tally = Tally(config.max_failure_share)
+    def __init__(
+        self, config: JudgeConfig, cache: VerdictCache[V], task: Task[C, V], api_key: str | None = None
+    ) -> None:
+        self.config, self.cache, self.task = config, cache, task
+        self.tally = Tally(config.max_failure_share, task.stakes)
         self.breaker = Breaker(config.breaker_failures, config.breaker_pause)
         self.limits = Limits(config.requests_per_minute, config.tokens_per_minute)
         self._url = config.base_url.rstrip("/") + "/chat/completions"
@@ -65,7 +68,7 @@ class OpenAIJudge(Judge):
         # Its own generator: the jitter of a retry must not move the run's random state.
         self._jitter = random.Random()
         self._depth = 0
-        self._asked: dict[str, asyncio.Task[float | None]] = {}
+        self._asked: dict[str, asyncio.Task[V | None]] = {}
 
     async def __aenter__(self) -> Self:
         self._depth += 1
@@ -88,10 +91,10 @@ class OpenAIJudge(Judge):
             await asyncio.gather(*asked, return_exceptions=True)
             await self._client.aclose()
 
-    async def verdicts(self, cases: Sequence[Case]) -> list[float | None]:
-        """See `Judge`. Equal cases are asked once. Raises JudgeFailing when the server refuses key, path or model."""
+    async def answers(self, cases: Sequence[C]) -> list[V | None]:
+        """In order. Equal cases are asked once. Raises JudgeFailing when the server refuses key, path or model."""
         async with self:
-            return list(await asyncio.gather(*map(self._verdict, cases)))
+            return list(await asyncio.gather(*map(self._answer, cases)))
 
     def overdue(self, count: int) -> None:
         for _ in range(count):
@@ -107,25 +110,25 @@ class OpenAIJudge(Judge):
             "judge/rate_limited_s": self.limits.waited,
         }
 
-    async def _verdict(self, case: Case) -> float | None:
-        messages = judge_prompt.messages(case)
-        key = cache_key(self.config.model, messages)
+    async def _answer(self, case: C) -> V | None:
+        messages = self.task.messages(case)
+        key = cache_key(self.task.version, self.config.model, messages)
         known = self.cache.get(key)
         if known is not None or key in self._asked:
             self.tally.counts["cache_hits"] += 1
         if known is not None:
             return known
         if key not in self._asked:
-            self._asked[key] = asyncio.create_task(self._ask(key, messages))
+            self._asked[key] = asyncio.create_task(self._ask(key, case, messages))
         return await asyncio.shield(self._asked[key])  # one that is called off may be awaited by others
 
-    async def _ask(self, key: str, messages: list[dict[str, str]]) -> float | None:
+    async def _ask(self, key: str, case: C, messages: Chat) -> V | None:
         try:
             async with self._slots:
                 reply = await self._complete(messages)
         finally:
             self._asked.pop(key, None)
-        verdict = None if reply.text is None else judge_prompt.parse_verdict(reply.text)
+        verdict = None if reply.text is None else self.task.parse(case, reply.text)
         if verdict is None:
             self.tally.failure(reply.why or "no clear verdict")
             return None
@@ -133,7 +136,7 @@ class OpenAIJudge(Judge):
         self.cache.put(key, verdict)
         return verdict
 
-    async def _complete(self, messages: list[dict[str, str]]) -> Reply:
+    async def _complete(self, messages: Chat) -> Reply:
         """The judge's words, or why it failed for good."""
         size = sum(len(message["content"].encode()) for message in messages)
         end, reply = time.monotonic() + self.config.deadline, Reply()
@@ -178,7 +181,7 @@ class OpenAIJudge(Judge):
         await asyncio.sleep(wait)
         return True
 
-    async def _post(self, messages: list[dict[str, str]], end: float) -> Reply:
+    async def _post(self, messages: Chat, end: float) -> Reply:
         """One request, and what the breaker should know of it."""
         body = {
             "model": self.config.model, "messages": messages, "temperature": 0.0, "max_tokens": self.config.max_tokens,
@@ -221,6 +224,16 @@ class OpenAIJudge(Judge):
                 if len(read) > MAX_REPLY:
                     return Reply(why="endless reply")
         return _content(bytes(read))
+
+
+class OpenAIJudge(OpenAIClient[Case, float], Judge):
+    """See `Judge`."""
+
+    def __init__(self, config: JudgeConfig, cache: VerdictCache[float], api_key: str | None = None) -> None:
+        super().__init__(config, cache, judge_prompt.VERDICT, api_key)
+
+    async def verdicts(self, cases: Sequence[Case]) -> list[float | None]:
+        return await self.answers(cases)
 
 
 def _content(body: bytes) -> Reply:
