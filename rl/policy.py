@@ -149,6 +149,10 @@ class Policy:
         """
         return (self.served or LocalGenerator(self)).sample(prompts, group_size, sampling, seed, on_done)
 
+    def generation_metrics(self) -> dict[str, float]:
+        """What the generator counted since the last time."""
+        return {} if self.served is None else self.served.metrics()
+
     def text(self, completion: Completion) -> str:
         """The completion as text, its stop token left out."""
         return str(self.tokenizer.decode(list(completion.ids), skip_special_tokens=True))
