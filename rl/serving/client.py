@@ -21,7 +21,7 @@ from ..policy import Policy
 from ..prompts import Prompt
 from . import replies
 from .asking import Asking, Batch, Job, well
-from .command import server_command, server_settings
+from .command import seeded, server_command, server_settings
 from .config import ServingConfig
 from .http import ServerError, get, post
 from .pool import Host, Pool
@@ -161,8 +161,9 @@ class VllmGenerator:
     def _stream(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int) -> Iterator[Message]:
         """What rank 0 tells all of them, at least every few seconds until all groups are there."""
         assert self._background is not None, "it was started"
-        seeds = prompt_seeds(seed, len(prompts))
-        jobs = [Job(i, p.example.id, p.ids, s >> 1) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
+        own = seeded(self.policy, self.config)
+        seeds = [each >> 1 if own else None for each in prompt_seeds(seed, len(prompts))]  # vLLM counts on from it
+        jobs = [Job(i, p.example.id, p.ids, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
         vocabulary = self.policy.model.config.get_text_config().vocab_size
         batch = Batch(group_size, sampling, self.policy.stop_ids, vocabulary)
         version = self.policy.version
@@ -222,7 +223,7 @@ async def _check(url: str, window: int) -> None:
             f"{url} serves sequences of at most {length} tokens, and the recipe's longest prompt with its completion has {window}: "
             f"start it with --max-model-len {window}"
         )
-    probe: dict[str, Any] = replies.order([1, 2, 3], 1, Sampling(1, top_k=1), (), 0)
+    probe: dict[str, Any] = replies.order([1, 2, 3], 1, Sampling(1, top_k=1), (), None)
     try:
         reply = await post(url, replies.PATH, probe, deadline=_ASK_S)
     except ServerError as error:
