@@ -30,6 +30,7 @@ from longreach.rl.curriculum import Phase
 from longreach.rl.data import DataConfig
 from longreach.rl.entropy import AdaptiveEntropy, Aepo, EntropyControl, NegativeClip, spared
 from longreach.rl.evaluate import EvalConfig, evaluate
+from longreach.rl.generator import LocalGenerator
 from longreach.rl.grpo_config import GrpoConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import tokenize
@@ -113,7 +114,7 @@ def stepped(make_policy: Make, make_prompts: Make, scripted: Make, make_trainer:
         prompts = make_prompts(*[5 + i % 4 for i in range(12)])
         reward = scripted(lambda example, place: 0.5 if int(example.id[1:]) % 3 == 0 else [1.0, 0.0, 0.25][place])
         policy, reference = make_policy(), make_policy() if options.get("kl_weight") else None
-        policy.foreign = foreign
+        policy.served = LocalGenerator(policy) if foreign else None
         sampler = PromptSampler(range(12), {}, seed=0)
         config = GrpoConfig(**{**SMALL, **options})
         trainer = make_trainer(
