@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Generic, NamedTuple, Self, TypeVar
@@ -29,13 +29,13 @@ class Sampled(NamedTuple, Generic[T]):
 
 
 class Ahead(Generic[T]):
-    """`collect(step)` is called in the thread, for `first` to `last`; the main thread takes the results in that order.
+    """`collect(step, version)` is called in the thread, for `first` to `last`; the main thread takes what it gives in that order.
 
     As a block: leaving it calls `cancel`, which must make a `collect` under way end soon, and waits for the thread.
     """
 
     def __init__(
-        self, collect: Callable[[int], T], *, staleness: int, first: int, last: int,
+        self, collect: Callable[[int, int], T], *, staleness: int, first: int, last: int,
         cancel: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         assert staleness >= 1, "sampling ahead by nothing is sampling in the step itself"
@@ -61,14 +61,25 @@ class Ahead(Generic[T]):
         self._cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def take(self, step: int) -> Sampled[T]:
-        """The rollouts of `step`, which begins now, and the steps that may follow are begun. Raises what `collect` raised."""
+    def ready(self, step: int, seconds: float) -> bool:
+        """Begins `step` and the steps that may follow it; whether its rollouts are there, after `seconds` at the latest."""
         while self._next <= min(step + self._staleness, self._last):
             self._under_way[self._next] = self._thread.submit(self._one, self._next)
             self._next += 1
+        return bool(wait([self._under_way[step]], seconds).done)
+
+    def take(self, step: int) -> Sampled[T]:
+        """The rollouts of `step`, which begins now. Raises what `collect` raised."""
+        self.ready(step, 0.0)
         found = self._under_way.pop(step).result()
         assert 0 <= step - 1 - found.version <= self._staleness, (step, found.version)
         return found
+
+    def still(self, seconds: float) -> bool:
+        """Lets no further step begin until a `boundary` has been; whether nothing is sampled, after `seconds` at the latest."""
+        with self._free:
+            self._wanted = True
+            return self._free.wait_for(lambda: not self._sampling, seconds)
 
     @contextmanager
     def boundary(self, version: int) -> Iterator[None]:
@@ -76,9 +87,8 @@ class Ahead(Generic[T]):
 
         Weights are handed over in it, and evaluations run in it.
         """
-        with self._free:
-            self._wanted = True
-            self._free.wait_for(lambda: not self._sampling)
+        while not self.still(60.0):
+            pass
         try:
             yield
             self._version = version
@@ -95,7 +105,7 @@ class Ahead(Generic[T]):
             self._sampling = True
             version = self._version
         try:
-            return Sampled(self._collect(step), version)
+            return Sampled(self._collect(step, version), version)
         finally:
             with self._free:
                 self._sampling = False

@@ -9,7 +9,8 @@ the normalizer and never computed; the entropy rules can make it so (`entropy.py
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from .advantages import group_advantages, overlong_penalty, reward_spread
 from .console import Console
 from .entropy import EntropyControl, Masks, batch_entropy
 from .grpo_config import GrpoConfig
+from .overlap import Overlap
 from .policy import Policy
 from .prompts import Prompt
 from .rewards import Reward
@@ -29,7 +31,7 @@ from .rollouts import Rollout, RolloutGroup, Unjudged, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
-from .step_metrics import add_means, cost, mask_metrics, mean_of, mismatch_metrics, rollout_metrics
+from .step_metrics import add_means, cost, mask_metrics, mean_of, mismatch_metrics, rollout_metrics, staleness
 
 
 @dataclass
@@ -74,6 +76,7 @@ class GrpoTrainer:
         self.seed, self.grad_clip, self.reference = seed, grad_clip, reference
         self.console = console or Console(quiet=True)
         self.entropy = EntropyControl(config.entropy_weight, config.adaptive_entropy, config.aepo)
+        self._overlap: Overlap | None = None
 
     def step(
         self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None,
@@ -84,8 +87,10 @@ class GrpoTrainer:
         `replay` trains on saved groups instead; `saved`: see `collect`.
         """
         watch, start = Stopwatch(lambda name: self.policy.ranks.note(name, step)), time.perf_counter()
-        groups = self.collect(step, watch, saved) if replay is None else replay
-        groups = self.advantages(groups) if replay is None else groups
+        if replay is None:
+            groups = self.advantages(self.sampled(step, watch, saved))
+        else:
+            groups = replay
         minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
         with watch("old_log_prob"):
             masked = self.attach_logprobs(minibatches)
@@ -94,27 +99,67 @@ class GrpoTrainer:
         watch.seconds["timing_s/step"] = time.perf_counter() - start
         costs = cost(groups, watch, self.policy.model.device)
         asked = {**self.policy.generation_metrics(), **self.reward.metrics()}
-        return {**rollout_metrics(groups), **asked, **metrics, **costs}, groups
+        return {**rollout_metrics(groups), **staleness(groups, step), **asked, **metrics, **costs}, groups
 
-    def collect(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = ()) -> list[RolloutGroup]:
+    @contextmanager
+    def overlapping(
+        self, first: int, last: int, saved: Callable[[int], list[RolloutGroup]]
+    ) -> Iterator[Callable[[int], AbstractContextManager[object]]]:
+        """A block in which steps `first` to `last` are sampled while earlier ones train, `staleness` ahead at most.
+
+        Gives what makes a block in which nothing is sampled, for evaluations between steps. `saved` are the groups that an
+        `Unjudged` left of a step. Where `staleness` is 0 nothing overlaps.
+        """
+        if not self.config.staleness or last < first:
+            yield lambda step: nullcontext()
+            return
+        with Overlap(self, staleness=self.config.staleness, first=first, last=last, saved=saved) as self._overlap:
+            try:
+                yield self._overlap.alone
+            finally:
+                self._overlap = None
+
+    def sampled(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """The step's groups: sampled now, or while earlier steps trained."""
+        if self._overlap is None:
+            return self.collect(step, watch, saved)
+        with watch("wait_for_rollouts"):
+            found = self._overlap.take(step).made
+        for name, seconds in found.seconds.items():
+            watch.add(name, seconds)
+        self.sampler.load(found.sampler)
+        return found.groups
+
+    def hand_over(self, step: int) -> None:
+        """After the step's updates: who samples ahead goes on with its weights. All ranks call it."""
+        if self._overlap is not None:
+            self._overlap.hand_over(step)
+
+    def collect(
+        self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = (), version: int | None = None
+    ) -> list[RolloutGroup]:
         """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ.
 
-        `saved` are the groups of the same step that an `Unjudged` left: they are scored, and not sampled again.
+        `saved` are the groups of the same step that an `Unjudged` left: they are scored, and not sampled again. `version` is
+        the policy's (None: the one that the step before made).
         """
         config, groups, chosen = self.config, list[RolloutGroup](), []
+        known = saved[0].rollouts[0].version if saved else version
+        version = step - 1 if known is None else known
         for batch in range(config.max_batches if config.dynamic_sampling else 1):
             drawn = self.sampler.take(config.batch_prompts)
             chosen += drawn
             with self.console.progress(f"{self.stage}: sampling", config.batch_prompts * config.group_size) as advance:
                 try:
-                    groups += roll_out(
+                    made = roll_out(
                         self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
                         seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
                         first_group=len(groups), watch=watch, on_done=advance,
                         saved=saved[len(groups) : len(groups) + len(drawn)],
                     )  # fmt: skip
                 except Unjudged as error:
-                    raise Unjudged(str(error), groups + error.groups) from error
+                    raise Unjudged(str(error), groups + [g.sampled_by(version) for g in error.groups]) from error
+            groups += [group.sampled_by(version) for group in made]
             if len(_differing(groups)) >= config.batch_prompts:
                 break
         if config.dynamic_sampling:

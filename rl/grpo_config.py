@@ -42,6 +42,9 @@ class GrpoConfig:
     another program, weights are capped at 2; `importance = "off"` corrects nothing. `off_policy_threshold` leaves out
     wrong completions that the policy has moved away from.
 
+    `staleness` is how many steps older than the weights it trains a step's rollouts may be: they are sampled meanwhile, by
+    another program (`overlap.py`); 0 is on-policy.
+
     `shared_prefix = false` computes a group's prompt once for each of its completions, as other trainers do: the same
     numbers at G times the work, for comparison.
 
@@ -76,6 +79,7 @@ class GrpoConfig:
     max_batches: int = 10
     overlong_buffer: int = 0
     balanced_tasks: bool = False
+    staleness: int = 0
     micro_batch_tokens: int = 65536
     shared_prefix: bool = True
 
@@ -94,6 +98,8 @@ class GrpoConfig:
             )
         if self.max_batches < 1:
             raise ValueError(f"rl.max_batches must be at least 1, not {self.max_batches}")
+        if self.staleness < 0:
+            raise ValueError(f"rl.staleness must be 0 (on-policy) or a number of steps, not {self.staleness}")
         if self.overlong_buffer < 0:
             raise ValueError(f"rl.overlong_buffer must be 0 or more, not {self.overlong_buffer}")
 

@@ -25,6 +25,7 @@ class Rollout:
 
     `group` counts the groups of a step. `rule_reason` is the rule's own code (`rules.REASONS`) and `extracted` the answer it read,
     also where a judge overruled it and `reason` says so. `reward` None: no verdict. `advantage` None: not trained on (no verdict, or its group was left out as `used` says).
+    `version` of the policy sampled all its tokens: the number of steps that its weights had made.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Rollout:
     extracted: str | None = None
     advantage: float | None = None
     used: bool = False
+    version: int | None = None
 
     def dump(self) -> dict[str, Any]:
         return dict(vars(self))  # not asdict, which copies every number of long completions one by one
@@ -78,6 +80,10 @@ class RolloutGroup:
         )
         return RolloutGroup(self.prompt, tuple(plain))
 
+    def sampled_by(self, version: int) -> RolloutGroup:
+        """With the version of the policy that sampled it."""
+        return RolloutGroup(self.prompt, tuple(replace(r, version=version) for r in self.rollouts))
+
     def with_advantages(self, advantages: Sequence[float | None]) -> RolloutGroup:
         pairs = zip(self.rollouts, advantages, strict=True)
         return RolloutGroup(self.prompt, tuple(replace(r, advantage=a, used=True) for r, a in pairs))
@@ -89,6 +95,9 @@ class Unjudged(ValueError):
     def __init__(self, text: str, groups: list[RolloutGroup]) -> None:
         super().__init__(text)
         self.groups = groups
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unjudged, (str(self), self.groups)
 
 
 def roll_out(

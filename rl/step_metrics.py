@@ -32,6 +32,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def staleness(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+    """How many steps the policy had made since it sampled what this step trains on; where that is known (replays may not say)."""
+    ages = [step - 1 - r.version for group in groups for r in group.rollouts if r.version is not None]
+    return {"sampling/staleness/mean": mean_of(ages), "sampling/staleness/max": max(ages)} if ages else {}
+
+
 def mask_metrics(
     masked: Sequence[tuple[torch.Tensor, float]], entropy: float | None, negatives: bool
 ) -> dict[str, float]:

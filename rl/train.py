@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -215,19 +215,30 @@ class Run:
                 self.folder.unjudged_file.unlink(missing_ok=True)
             self.progress.sampler = sampler.state()
             self.progress.entropy = trainer.entropy.state()
+            trainer.hand_over(number)
             return metrics
 
-        self._steps(stage, phase.steps, phase.rates(), one)
+        first = self.progress.step + 1
+        last = self.progress.step + phase.steps - self.progress.stage_step if self.context.replay is None else 0
+        with trainer.overlapping(first, last, self._unjudged_of(stage.name)) as alone:
+            self._steps(stage, phase.steps, phase.rates(), one, alone)
 
-    def _steps(self, stage: Stage, steps: int, schedule: Schedule, one: Step) -> None:
-        """The loop that all training stages share: evaluation where one is due, step, metrics line, checkpoint, Ctrl-C."""
+    def _steps(
+        self, stage: Stage, steps: int, schedule: Schedule, one: Step,
+        alone: Callable[[int], AbstractContextManager[object]] = lambda step: nullcontext(),
+    ) -> None:  # fmt: skip
+        """The loop that all training stages share: evaluation where one is due, step, metrics line, checkpoint, Ctrl-C.
+
+        `alone` makes the block in which an evaluation has the generator for itself.
+        """
         every = self.recipe.eval.every if stage.kind == "phase" and self.recipe.data.eval else 0
         while (done := self.progress.stage_step) < steps:
             if self._asked_to_stop() and self.progress.step > self.saved:
                 self._save()
             self._stop_if_interrupted()
             if every and done and done % every == 0:  # before the step: a run killed in it comes back to it
-                passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
+                with alone(self.progress.step):
+                    passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
             self.ranks.note(stage.name, self.progress.step + 1)
             metrics = one(done, schedule.at(done, steps))
             done = self.progress.stage_step = done + 1
@@ -312,6 +323,12 @@ class Run:
         """Whether any rank was interrupted: signals come at different moments, and all must stop at the same one."""
         self.interrupted = self.ranks.any(self.interrupted)
         return self.interrupted
+
+    def _unjudged_of(self, stage: str) -> Callable[[int], list[RolloutGroup]]:
+        """By step, for rank 0: what `_unjudged` gives of the one that it is of."""
+        kept = self._unjudged(stage)
+        step = kept[0].rollouts[0].step if kept else 0
+        return lambda number: kept if number == step else []
 
     def _unjudged(self, stage: str) -> list[RolloutGroup]:
         """What the step before us, this one, had sampled when the judge failed it."""

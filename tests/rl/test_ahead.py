@@ -18,9 +18,10 @@ class Generator:
         self.stop = threading.Event()
         self.order: list[int] = []
 
-    def collect(self, step: int) -> tuple[int, int]:
+    def collect(self, step: int, version: int) -> tuple[int, int]:
         self.order.append(step)
         before = self.version
+        assert before == version
         self.stop.wait(self.seconds)
         self.changed |= self.version != before
         return step, self.version
@@ -60,7 +61,7 @@ def test_sampling_and_training_overlap() -> None:
     generator = Generator(0.0)
     inside, trained = threading.Event(), threading.Event()
 
-    def collect(step: int) -> int:
+    def collect(step: int, version: int) -> int:
         if step == 2:
             inside.set()
             assert trained.wait(10), "step 1 did not train while step 2 was sampled"
@@ -76,7 +77,7 @@ def test_sampling_and_training_overlap() -> None:
 
 
 def test_what_sampling_raises_comes_out_of_its_own_step() -> None:
-    def collect(step: int) -> int:
+    def collect(step: int, version: int) -> int:
         if step == 2:
             raise OSError("the server is gone")
         return step
@@ -107,7 +108,9 @@ def test_leaving_calls_off_what_is_under_way() -> None:
 def test_an_evaluation_in_a_boundary_is_alone_with_the_generator() -> None:
     generator = Generator(0.02)
     with Ahead(generator.collect, staleness=2, first=1, last=5) as ahead:
+        assert not ahead.ready(1, 0.0)
         ahead.take(1)
+        assert not ahead.still(0.0) or generator.order == [1]
         with ahead.boundary(1):
             begun = list(generator.order)
             time.sleep(0.06)
