@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..engine.launch import Job, join
 from ..engine.model import load_tokenizer, pick_device
+from .behaviours.command import add_behaviours
 from .bench import run_bench
 from .config import dump
 from .console import Console
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False, force=False)
     add_plan(commands)
     add_doctor(commands)
+    add_behaviours(commands)
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)

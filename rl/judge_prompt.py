@@ -127,6 +127,9 @@ def _golds(answers: Sequence[str]) -> list[str]:
 
 
 VERDICT: Task[Case, float] = Task(
-    VERSION, messages, lambda _, text: parse_verdict(text), "training on the rest would learn from whom the judge happens to answer"
+    VERSION,
+    messages,
+    lambda _, text: parse_verdict(text),
+    "training on the rest would learn from whom the judge happens to answer",
 )
 """Whether an answer means the same as an accepted one."""

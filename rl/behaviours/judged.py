@@ -104,7 +104,10 @@ def is_count(value: Any) -> bool:
 
 
 TASK: Task[Reasoning, dict[str, Any]] = Task(
-    f"behaviours {VERSION}", messages, parse, "the rest would be counts of the responses that the judge happens to answer for"
+    f"behaviours {VERSION}",
+    messages,
+    parse,
+    "the rest would be counts of the responses that the judge happens to answer for",
 )
 """Behaviours in a reasoning."""
 

@@ -48,9 +48,7 @@ _ANY_SOURCE = rf"(?:{_THE} {_SOURCE}|{_PART})"
 
 _WE = r"(?:i|we|you)"
 _LETS = r"(?:let me|let's|let us|let’s)"
-_WILL = (
-    rf"(?:{_LETS}|{_WE}(?:'ll|’ll| will| need to| have to| should| must| can| could| want to)|i'm going to|i’m going to)"
-)
+_WILL = rf"(?:{_LETS}|{_WE}(?:'ll|’ll| will| need to| have to| should| must| can| could| want to)|i'm going to|i’m going to)"
 _SOON = r"(?: (?:first|now|next|then|also|just|quickly|begin by|start by|try to|carefully|again))?"
 _CHECK = (
     r"(?:double[- ]?check|re-?check|cross[- ]?check|verify|re-?verify|check|confirm|validate|re-?read|re-?calculate"
@@ -117,7 +115,7 @@ SUBGOAL_SETTING = (
     rf"\b{_WILL}{_SOON} {_DO}\b(?!(?: at| through| over)? (?:the|this|that|it|these|those)[a-z ]{{0,30}} (?:again|once more|a second time)\b)",
     r"\bstep \d{1,2}\b ?[:.)—–-]",
     r"\b(?:the|my|our) (?:first|next|second|third|last|final) (?:step|task|thing|goal|sub-?goal|sub-?question) (?:is|will be|would be|to)\b",
-    r"\b(?:the|my|our) (?:plan|strategy|approach|goal|sub-?goal) (?:is|will be|here is|would be)\b",
+    r"\b(?:the|my|our) (?:plan|strategy|approach|goal|sub-?goal)(?: here| now)? (?:is|will be|would be) to\b|^(?:here's |here is )?(?:the|my|our) plan:",
     r"\b(?:break|split|decompose|divide) (?:this|it|the (?:question|problem|task|calculation)|things) (?:down|up|into)\b",
     r"\bto (?:answer|solve|find|get|do|determine|work out|compute|calculate|figure)\b[^,;:\n]{0,60}, ?(?:i|we|you) (?:first )?(?:need|must|have to|should|will|can)\b",
     r"\b(?:what|all) (?:i|we) need (?:first |now |next |to find )?(?:is|are)\b",

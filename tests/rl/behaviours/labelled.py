@@ -84,6 +84,7 @@ LABELLED: list[tuple[str, str]] = [
     ("There is no need to break it down any further.", ""),
     ("The second half of the novel is set in Paris.", ""),
     ("The plan was approved by the board.", ""),
+    ("Therefore, the plan is Geneva.", ""),
     ("最后一章很短。", ""),
     ("首先生成的文件在这里。", ""),
     # backtracking

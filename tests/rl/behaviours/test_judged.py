@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from longreach.rl.behaviours import judged
-from longreach.rl.behaviours.judged import LONGEST_QUOTE, MOST, REASONING_LIMIT, Judged, Reasoning, is_count, messages, parse
+from longreach.rl.behaviours.judged import (
+    LONGEST_QUOTE,
+    MOST,
+    REASONING_LIMIT,
+    Judged,
+    Reasoning,
+    is_count,
+    messages,
+    parse,
+)
 from longreach.rl.behaviours.lexicon import BEHAVIOURS
 
 TEXT = "First, I need the year.\nThe report says  1998. Wait, that is [the] second one. Let me check: it’s 1999. Wait, that is it."
@@ -104,7 +113,9 @@ def test_a_response_that_holds_a_reply_is_not_counted_by_it() -> None:
 
 
 def test_what_is_shown_is_bounded_and_only_what_is_shown_can_be_quoted() -> None:
-    case = Reasoning("Wait, the start. " + "x" * REASONING_LIMIT + " Wait, the middle. " + "y" * REASONING_LIMIT + " Wait, the end.")
+    case = Reasoning(
+        "Wait, the start. " + "x" * REASONING_LIMIT + " Wait, the middle. " + "y" * REASONING_LIMIT + " Wait, the end."
+    )
     assert len(messages(case)[1]["content"]) < REASONING_LIMIT + 1000
     quotes = ["Wait, the start", "Wait, the middle", "Wait, the end"]
     assert Judged.load(parse(case, reply(backtracking=quotes)) or {}).quotes["backtracking"] == [quotes[0], quotes[2]]
@@ -120,7 +131,17 @@ def test_hostile_replies_cost_little() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, 1.0, [], {}, {**EMPTY}, {**EMPTY, "invented": 1.0}, {**EMPTY, "invented": 0, "grounding": [1]}, {**EMPTY, "invented": True}]
+    "value",
+    [
+        None,
+        1.0,
+        [],
+        {},
+        {**EMPTY},
+        {**EMPTY, "invented": 1.0},
+        {**EMPTY, "invented": 0, "grounding": [1]},
+        {**EMPTY, "invented": True},
+    ],
 )
 def test_what_a_cache_may_not_hold(value: Any) -> None:
     assert not is_count(value)

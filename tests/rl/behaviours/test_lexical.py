@@ -67,9 +67,17 @@ def test_a_quotation_that_stands_in_the_document_is_grounding() -> None:
     assert count(quote) == Lexical(dict.fromkeys(BEHAVIOURS, 0), None)
     assert count(quote, DOCUMENT) == Lexical({**dict.fromkeys(BEHAVIOURS, 0), "grounding": 1}, 1)
     assert count("It says “the board approved the merger”.", DOCUMENT).verbatim == 1
-    assert counted("It says “the board approved the merger”.", DOCUMENT) == {"grounding": 1}, "once, though it shows twice"
+    assert counted("It says “the board approved the merger”.", DOCUMENT) == {"grounding": 1}, (
+        "once, though it shows twice"
+    )
     assert count("他写道「该厂于三月份正式关闭」", DOCUMENT).verbatim == 1
-    for other in ("“the board refused the merger”", "“the merger”", "‘the board approved the merger’", "“”", "「关闭」"):
+    for other in (
+        "“the board refused the merger”",
+        "“the merger”",
+        "‘the board approved the merger’",
+        "“”",
+        "「关闭」",
+    ):
         assert count(f"So: {other} it was.", DOCUMENT) == Lexical(dict.fromkeys(BEHAVIOURS, 0), 0), other
 
 
