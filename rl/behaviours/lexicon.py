@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 
-BEHAVIOURS = ("grounding", "subgoal_setting", "backtracking", "verification")
+BEHAVIOURS: tuple[str, ...] = ("grounding", "subgoal_setting", "backtracking", "verification")
 
 VERSION = 1
 """Raised with every change of a cue: counts of different lexicons are not compared."""

@@ -38,7 +38,7 @@ def test_spearman_is_pearson_of_the_ranks(pairs: list[tuple[int, int]]) -> None:
     other = [rank_by_definition(second, i) for i in range(len(second))]  # type: ignore[arg-type]
     assert found == pytest.approx(float(np.corrcoef(one, other)[0, 1]), abs=1e-12)
     assert found == spearman(second, first)
-    assert spearman(first, [-b for b in second]) == pytest.approx(-found)
+    assert spearman(first, [-b for b in second]) == pytest.approx(-(found or 0.0))
     assert spearman(first, [math.exp(b) for b in second]) == pytest.approx(found), "only the order matters"
 
 

@@ -247,9 +247,10 @@ def test_no_run_folder(tmp_path: Path, longreach: Callable[..., Result]) -> None
 
 def test_a_report_without_counts_has_no_such_section_and_survives_a_torn_one(run: Path) -> None:
     assert collect(run)["behaviours"] is None
-    (run / "behaviours.json").write_text('{"points": [')
-    data = collect(run)
-    assert data["behaviours"] is None and any("behaviours.json" in note for note in data["notes"])
+    for text in ('{"points": [', '{"points": []}'):
+        (run / "behaviours.json").write_text(text)
+        data = collect(run)
+        assert data["behaviours"] is None and any("behaviours.json" in note for note in data["notes"])
 
 
 def test_a_model_in_this_process_counts_through_the_same_interface(run: Path, tiny_dir: Path) -> None:
