@@ -6,12 +6,14 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longreach.rl import cli
+from longreach.rl.behaviours import judged
 from longreach.rl.behaviours.course import BehavioursConfig, count_run
 from longreach.rl.behaviours.figure import behaviours_figure
 from longreach.rl.behaviours.lexical import count, normal
@@ -111,7 +113,7 @@ def test_by_the_judge_and_compared(run: Path, server: Any) -> None:
     assert all("Wait, let me verify" not in shown(body) for body in server.bodies), "the reasoning alone is shown"
 
 
-def test_a_judge_is_asked_nothing_twice(run: Path, server: Any) -> None:
+def test_a_judge_is_asked_nothing_twice(run: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server.respond = judging(server)
     first = made(run, config(server))
     asked = len(server.bodies)
@@ -121,6 +123,9 @@ def test_a_judge_is_asked_nothing_twice(run: Path, server: Any) -> None:
     assert len(server.bodies) == asked
     made(run, config(server, model="other"))
     assert len(server.bodies) == 2 * asked, "another judge is another opinion"
+    monkeypatch.setattr(judged, "TASK", replace(judged.TASK, version="another prompt"))
+    made(run, config(server))
+    assert len(server.bodies) == 3 * asked, "and so is what another prompt has brought"
 
 
 def test_a_failure_is_no_count_and_is_asked_again(run: Path, server: Any) -> None:
