@@ -33,6 +33,7 @@ from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
 from .rewards import make_reward
 from .sources import check_window, read_eval, read_prompts
+from .trace_command import add_trace
 from .train import Stopped, train
 
 
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_doctor(commands)
     add_behaviours(commands)
+    add_trace(commands)
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)

@@ -19,6 +19,7 @@ from .report_behaviours import read_behaviours
 from .report_data import Notes, Row, embed, read_accuracy, read_metrics, read_recipe, stage_rank
 from .report_pool import read_pools
 from .report_samples import read_samples
+from .report_timeline import read_time
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("report_charts.js", "report.js")
@@ -49,6 +50,7 @@ def collect(run_dir: Path) -> Row:
         "pools": read_pools(run_dir, notes),
         "agreement": read_agreement(run_dir, notes),
         "behaviours": read_behaviours(run_dir, notes),
+        "time": read_time(run_dir, notes),
         "samples": read_samples(run_dir, notes),
     }
     return data | {"status": _status(run_dir, data), "notes": notes}

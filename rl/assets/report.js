@@ -1,7 +1,7 @@
 // The page, section by section, from the JSON embedded in it.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { metrics, accuracy, pools, agreement, behaviours, samples, recipe, status } = data;
+const { metrics, accuracy, pools, agreement, behaviours, time, samples, recipe, status } = data;
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 
 function section(id, short, title, lead, ...content) {
@@ -155,6 +155,22 @@ function drawCurves() {
   section("curves", "Curves", "Learning curves", "One point per step, stages shaded. Point at a curve, or focus one and use the arrow keys, to read all of them at that step.", h("div", { class: "grid" }, cards), more);
 }
 
+const PARTS = { gen: "generation", reward: "waiting for rewards", old_log_prob: "old log-probs", ref: "reference", update_actor: "update", other: "other" };
+
+function drawTime() {
+  const place = h("div"), shown = time.lines, pass = Object.entries(time.passes).map(([kind, seconds]) => `${kind} ${duration(seconds)}`).join(", ");
+  const choice = h("select", { on: { change: () => place.replaceChildren(laneChart(shown[Number(choice.value)], PARTS)) } },
+    shown.map((line, at) => h("option", { value: at, selected: at === shown.length - 1 }, `step ${format(line.step)}, ${line.stage}`)));
+  if (shown.length) place.replaceChildren(laneChart(shown.at(-1), PARTS));
+  const used = time.parts.filter((part, at) => time.bars.some((bar) => bar.seconds[at] > 0));
+  const rows = time.stages.map((stage) => h("tr", {}, h("td", { class: "text" }, stageName(stage.stage)), [format(stage.steps), ...[stage.step, ...used.map((part) => stage[part]), stage.rules, stage.judge].map((seconds) => seconds.toFixed(2)), stage.judge > 0 ? (stage.hidden / stage.judge * 100).toFixed(0) + " %" : "–"].map((value) => h("td", {}, value))));
+  const head = ["stage", "steps", "step", ...used.map((part) => PARTS[part]), "rules at work", "judge at work", "of it hidden"];
+  section("time", "Time", "Where a step's seconds go", "From timeline.jsonl. Rules and judge work beside generation: what generation hides of them costs nothing, what is left is waited for. The longreach trace command writes the same for ui.perfetto.dev." + (pass ? ` Apart from steps: ${pass}.` : ""),
+    time.bars.length > 0 && h("div", { class: "two" }, h("div", { class: "card" }, timeBars(time.bars, time.parts, used, PARTS)),
+      h("div", { class: "card" }, h("div", { class: "filters single" }, h("label", {}, "Time line of", choice)), place)),
+    h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)), rows, "Mean seconds a step")));
+}
+
 function drawPool(pool) {
   const reasons = pool.reasons.map((item) => h("tr", {}, h("td", {}, item.selected ? "selected" : "left"), h("td", { class: "why" }, item.why), h("td", {}, format(item.n))));
   const columns = ["prompt", "benchmark", "tokens", "mean reward", "difficulty", "samples", "selected", "why"];
@@ -266,6 +282,7 @@ function drawCompletions() {
 drawTop();
 drawAccuracy();
 drawCurves();
+if (time !== null) drawTime();
 if (pools.length) section("pool", "Pool", "Retrospective pool", "Difficulty of each prompt after a phase (1 / mean reward), and the hard ones carried into the next phase.", h("div", { class: "stack" }, pools.map(drawPool)));
 if (agreement.length) drawAgreement();
 if (behaviours !== null) drawBehaviours();
