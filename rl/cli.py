@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..engine.launch import Job, join
 from ..engine.model import load_tokenizer, pick_device
+from .behaviours.command import add_behaviours
 from .bench import run_bench
 from .config import dump
 from .console import Console
@@ -33,6 +34,7 @@ from .report import write_report
 from .rewards import make_reward
 from .serving.session import generating
 from .sources import check_window, read_eval, read_prompts
+from .trace_command import add_trace
 from .train import Stopped, train
 
 _SHORT = {"generator": "generator.kind"}
@@ -113,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False, force=False)
     add_plan(commands)
     add_doctor(commands)
+    add_behaviours(commands)
+    add_trace(commands)
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)

@@ -8,7 +8,6 @@ the normalizer and never computed; the entropy rules can make it so (`entropy.py
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -80,23 +79,20 @@ class GrpoTrainer:
 
     def step(
         self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None,
-        saved: Sequence[RolloutGroup] = (),
+        saved: Sequence[RolloutGroup] = (), watch: Stopwatch | None = None,
     ) -> tuple[dict[str, float], list[RolloutGroup]]:  # fmt: skip
         """One RL step; gives its metrics and every group sampled, trained on or not.
 
         `replay` trains on saved groups instead; `saved`: see `collect`.
         """
-        watch, start = Stopwatch(lambda name: self.policy.ranks.note(name, step)), time.perf_counter()
-        if replay is None:
-            groups = self.advantages(self.sampled(step, watch, saved))
-        else:
-            groups = replay
-        minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
-        with watch("old_log_prob"):
-            masked = self.attach_logprobs(minibatches)
-        with watch("update_actor"):
-            metrics = {**masked, **self.update_all(minibatches, learning_rate)}
-        watch.seconds["timing_s/step"] = time.perf_counter() - start
+        watch = watch or Stopwatch()
+        watch.note = lambda name: self.policy.ranks.note(name, step)
+        with watch("step"):
+            groups = self.advantages(self.sampled(step, watch, saved)) if replay is None else replay
+            minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
+            masked = self.attach_logprobs(minibatches, watch)
+            with watch("update_actor"):
+                metrics = {**masked, **self.update_all(minibatches, learning_rate)}
         costs = cost(groups, watch, self.policy.model.device)
         asked = {**self.policy.generation_metrics(), **self.reward.metrics()}
         return {**rollout_metrics(groups), **staleness(groups, step), **asked, **metrics, **costs}, groups
@@ -125,8 +121,7 @@ class GrpoTrainer:
             return self.collect(step, watch, saved)
         with watch("wait_for_rollouts"):
             found = self._overlap.take(step).made
-        for name, seconds in found.seconds.items():
-            watch.add(name, seconds)
+        watch.join(found.seconds, found.spans)
         self.sampler.load(found.sampler)
         return found.groups
 
@@ -204,7 +199,7 @@ class GrpoTrainer:
             for share in shares
         ]
 
-    def attach_logprobs(self, minibatches: list[Minibatch]) -> dict[str, float]:
+    def attach_logprobs(self, minibatches: list[Minibatch], watch: Stopwatch | None = None) -> dict[str, float]:
         """What the updates need of the policy before them, and of the reference; gives what the entropy rules did.
 
         Old log-probs for every update but the first, which is on-policy; reference ones only if the KL term has weight.
@@ -212,17 +207,20 @@ class GrpoTrainer:
         and the top-entropy mask, which look at whole batches, one over those of zero advantage. It saves the updates' own
         passes over completions whose advantages it takes away.
         """
-        for index, minibatch in enumerate(minibatches):
-            if index or self.config.masks:
-                for sample, logp, entropy in self._logprobs(self.policy, self.probed(minibatch)):
-                    sample.old_logp = logp if index else None
-                    sample.entropy = entropy if self.config.masks else None
-        metrics = self.mask(minibatches) if self.config.masks else {}
+        watch = watch or Stopwatch()
+        with watch("old_log_prob"):
+            for index, minibatch in enumerate(minibatches):
+                if index or self.config.masks:
+                    for sample, logp, entropy in self._logprobs(self.policy, self.probed(minibatch)):
+                        sample.old_logp = logp if index else None
+                        sample.entropy = entropy if self.config.masks else None
+            metrics = self.mask(minibatches) if self.config.masks else {}
         if self.config.kl_weight:
             assert self.reference is not None, "a KL term compares with a reference"
-            for minibatch in minibatches:
-                for sample, logp, _ in self._logprobs(self.reference, self.computed(minibatch)):
-                    sample.ref_logp = logp
+            with watch("ref"):
+                for minibatch in minibatches:
+                    for sample, logp, _ in self._logprobs(self.reference, self.computed(minibatch)):
+                        sample.ref_logp = logp
         return metrics
 
     def mask(self, minibatches: list[Minibatch]) -> dict[str, float]:

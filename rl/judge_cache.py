@@ -98,7 +98,8 @@ class VerdictCache(Generic[V]):
             return None
         if not isinstance(found, dict):
             return None
-        key, verdict = found.get("key"), found.get("verdict")
+        key = found.get("key")
+        verdict: Any = found.get("verdict")
         if not isinstance(key, str) or not self._valid(verdict):
             return None
         return (key, verdict) if found.get("check") == _check(key, verdict) else None

@@ -17,7 +17,7 @@ from .ahead import Ahead, Sampled
 from .console import Console
 from .ranks import Ranks
 from .rollouts import RolloutGroup
-from .run import Stopwatch
+from .run import Span, Stopwatch
 
 if TYPE_CHECKING:
     from .grpo import GrpoTrainer
@@ -28,10 +28,11 @@ _BEAT_S = 10.0
 
 @dataclass(frozen=True)
 class Collected:
-    """A step's rollouts, the seconds that they took, and where the prompt sampler stood after them."""
+    """A step's rollouts, when what was done for them, and where the prompt sampler stood after them."""
 
     groups: list[RolloutGroup]
     seconds: dict[str, float]
+    spans: list[Span]
     sampler: dict[str, Any]
 
 
@@ -102,7 +103,7 @@ class Overlap:
     def _collect(self, step: int, version: int) -> Collected:
         watch = Stopwatch()
         groups = self._beside.collect(step, watch, self._saved(step), version=version)
-        return Collected(groups, dict(watch.seconds), self._beside.sampler.state())
+        return Collected(groups, watch.seconds, watch.spans, self._beside.sampler.state())
 
 
 def beside(trainer: GrpoTrainer) -> GrpoTrainer:

@@ -146,6 +146,8 @@ def roll_out(
                 on_done(1)
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
+    watch.timed("rules", scoring.rule_spans)
+    watch.timed("judge", scoring.judge_spans)
     if reward.judge is not None:
         watch.add("reward/judge_wait", scoring.waited)
         watch.add("reward/judge_time", scoring.judge_seconds)
