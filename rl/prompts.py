@@ -43,10 +43,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if example.text is not None:
         return example.text
-    if example.messages is None:
-        messages = [{"role": "user", "content": _user_turn(example)}]
-    else:
-        messages = [dict(message) for message in example.messages]
+    messages = render_turns(example)
     if tokenizer.chat_template is None:
         if len(messages) > 1:
             raise ValueError(
@@ -57,6 +54,13 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
     return text
+
+
+def render_turns(example: Example) -> list[dict[str, str]]:
+    """The messages of an example that isn't a ready string, a plain row as the one turn of the template."""
+    if example.messages is None:
+        return [{"role": "user", "content": _user_turn(example)}]
+    return [dict(message) for message in example.messages]
 
 
 def _user_turn(example: Example) -> str:
