@@ -1,1 +1,1 @@
-"""The benchmarks of long documents: what is asked, how a model is asked, and how its answers are counted and compared."""
+"""Benchmarks of reading long documents: where their questions come from, how they are laid out, how they are run."""
