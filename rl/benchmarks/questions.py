@@ -77,13 +77,13 @@ def read_questions(
             name, source=config.data.get(name), limit=config.limit, tokenizer=tokenizer, seed=config.seed,
             skip_bad_rows=config.skip_bad_rows,
         )  # fmt: skip
-        if read.bad:
-            console.warn(f"{name}: {len(read.bad)} bad rows were left out, the first: {read.bad[0]}")
+        for warning in read.warnings:
+            console.warn(warning)
         made = _questions(name, read.examples, tokenizer, config.max_input)
         cut = sum(question.is_cut for question in made)
         console.say(f"{name}: {len(made)} questions" + (f", {cut} cut to {config.max_input} tokens" if cut else ""))
         questions += made
-        source = config.data.get(name) or "default"
+        source = config.data.get(name) or registry.find_benchmark(name).source
         sources.append(Source(name, source, len(made), len(read.bad), _fingerprint(read.examples)))
     return questions, sources
 

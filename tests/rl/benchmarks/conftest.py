@@ -90,9 +90,13 @@ class Known:
 
     def completion(self, texts: list[str], **more: Any) -> Any:
         choices = [{"index": i, "text": text, "finish_reason": "stop", **more} for i, text in enumerate(texts)]
-        return self.server.http(200, json.dumps({"choices": choices, "usage": {"completion_tokens": 7, "total_tokens": 90}}))
+        return self.server.http(
+            200, json.dumps({"choices": choices, "usage": {"completion_tokens": 7, "total_tokens": 90}})
+        )
 
     def respond(self, _n: int, body: dict[str, Any]) -> Any:
+        if body["max_tokens"] == 1:  # whether token ids are taken
+            return self.completion(["."])
         return self.completion(self.texts(body))
 
 
