@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ def _refuse_unlike(a: Results, b: Results, folders: tuple[str, str]) -> None:
             "one of them again as the other was"
         )
     left, right = ([(q["benchmark"], q["id"], len(q["samples"])) for q in r["questions"]] for r in (a, b))
-    if left != right:
-        strange = next((x or y for x, y in zip(left, right, strict=False) if x != y), (left + right)[-1])
-        raise ValueError(
-            f"{folders[0]} and {folders[1]} don't hold the same questions (first {strange[0]} {strange[1]}): evaluate again"
-        )
+    for x, y in zip_longest(left, right):
+        if x != y:
+            raise ValueError(
+                f"{folders[0]} and {folders[1]} don't hold the same questions (the first is {' '.join(map(str, (x or y)[:2]))}): evaluate "
+                "again"
+            )
 
 
 def _notes(a: Results, b: Results) -> list[str]:

@@ -130,9 +130,9 @@ def test_other_conditions_in_the_same_folder_are_refused_by_name(
     ):
         with pytest.raises(ValueError, match=words):
             run_evaluation(settings(server.url, "qasper", **keys), tmp_path, quiet, {})
-    with pytest.raises(ValueError, match="asked.benchmarks.musique"):
+    with pytest.raises(ValueError, match=r"asked.benchmarks.musique"):
         run_evaluation(settings(server.url, "musique"), tmp_path, quiet, {})
-    with pytest.raises(ValueError, match="asked.samples"):
+    with pytest.raises(ValueError, match=r"asked.samples"):
         run_evaluation(settings(server.url, "qasper", samples=2), tmp_path, quiet, {}, rescore=True)
     assert len(server.bodies) == before
 
@@ -165,7 +165,7 @@ def test_rule_judge_and_the_larger_of_both(
     assert not any("messages" in body for body in server.bodies)
     before = len(server.bodies)
     config = settings(server.url, "frames", judge=judge)
-    with pytest.raises(ValueError, match="scored.judge: there null.*add --rescore"):
+    with pytest.raises(ValueError, match=r"scored.judge: there null.*add --rescore"):
         run_evaluation(config, tmp_path, quiet, {})
     made = run_evaluation(config, tmp_path, quiet, {}, rescore=True)
     new = server.bodies[before:]
@@ -185,7 +185,7 @@ def test_a_judge_with_a_wrong_key_stops_before_anything_is_generated(
     served: Any, server: Any, settings: Settings, tmp_path: Path, quiet: Any
 ) -> None:
     server.respond = judged(server, lambda _text: server.http(401))
-    with pytest.raises(JudgeFailing, match="401"):
+    with pytest.raises(JudgeFailing, match=r"401"):
         run_evaluation(settings(server.url, judge={"base_url": server.url, "model": "judge"}), tmp_path, quiet, {})
     assert len(server.bodies) == 1
 
@@ -196,7 +196,7 @@ def test_a_server_that_goes_away_stops_and_the_same_command_goes_on(
     well = served.respond
     server.respond = lambda n, body: well(n, body) if n < 5 else server.http(503)
     keys = {"server__concurrency": 1, "server__breaker_failures": 3, "server__outage": 0.2, "server__retries": 100}
-    with pytest.raises(ServerDown, match="failing for more than 0 s .503.*the same command goes on"):
+    with pytest.raises(ServerDown, match=r"failing for more than 0 s .503.*the same command goes on"):
         run_evaluation(settings(server.url, **keys), tmp_path, quiet, {})
     assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 5
     server.respond, before = well, len(served.asked)
@@ -293,7 +293,7 @@ def test_other_weights_of_the_same_size_are_another_model(
     save_file(
         {**tensors, name: torch.randn_like(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"}
     )
-    with pytest.raises(ValueError, match="model.weights.model.safetensors"):
+    with pytest.raises(ValueError, match=r"model.weights.model.safetensors"):
         run_evaluation(config, tmp_path / "out", quiet, {})
 
 
