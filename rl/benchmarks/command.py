@@ -157,7 +157,9 @@ def _tell(results: dict[str, Any], root: Path, console: Console) -> None:
     for note in report.notes_of(results)[1:]:
         console.say(note)
     for failure in results["failures"][:_LISTED]:
-        console.say(f"failed: {failure['benchmark']} {failure['id']}, sample {failure['sample']}: {failure['why']}")
+        console.say(
+            f"failed: {failure['benchmark']} {failure['id']}, sample {failure['sample']}: {_short(failure['why'], 200)}"
+        )
     if any(name in report.SEVEN for name in (b["name"] for b in results["benchmarks"])):
         console.say("the published table and what differs from its conditions are in the report")
     console.say(str(root / "report.html"))
@@ -221,5 +223,5 @@ def _tell_comparison(made: Comparison, console: Console) -> None:
 
 
 def _short(text: str, most: int = 48) -> str:
-    line = " ".join(text.split())
+    line = " ".join(report.whole_characters(text).split())
     return line if len(line) <= most else f"{line[: most - 1]}…"

@@ -174,7 +174,7 @@ def write_comparison(made: Comparison, path: Path) -> Path:
     """A page, as .html or .md by the path's ending."""
     title = f"A: {made.names[0]}, B: {made.names[1]}"
     draw = markdown if path.suffix == ".md" else page
-    path.write_text(draw(title, made.notes, comparison_tables(made)), encoding="utf-8", errors="replace")
+    path.write_text(draw(title, made.notes, comparison_tables(made)), encoding="utf-8")
     return path
 
 

@@ -221,7 +221,7 @@ def markdown(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
 
 def _plain(text: str) -> str:
     """One line in which Markdown finds no cell's end, no markup and no HTML."""
-    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(whole_characters(text).split()))
 
 
 def page(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
@@ -276,4 +276,9 @@ def _cell(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(text.encode("utf-8", "replace").decode(), quote=True)
+    return html.escape(whole_characters(text), quote=True)
+
+
+def whole_characters(text: str) -> str:
+    """Without halves of surrogate pairs, which a server may send and no file can hold."""
+    return text.encode("utf-8", "replace").decode()

@@ -100,7 +100,7 @@ class ResultsFolder:
         given = json.loads(json.dumps(conditions))
         if self.conditions_file.exists():
             _refuse_other(self.root, json.loads(self.conditions_file.read_text(encoding="utf-8")), given, rescore)
-        write_atomically(self.conditions_file, json.dumps(given, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.conditions_file, json.dumps(given, indent=1) + "\n")
 
     def close(self) -> None:
         for file in (self._file, self._lock):
