@@ -78,7 +78,7 @@ class Known:
         server.respond = self.respond
 
     def question(self, body: dict[str, Any]) -> tuple[str, int]:
-        text = self.tokenizer.decode(body["prompt"]) if "prompt" in body else body["messages"][-1]["content"]
+        text = str(self.tokenizer.decode(body["prompt"])) if "prompt" in body else body["messages"][-1]["content"]
         found = re.search(r"What is item (\d+) of (\w+)\?", text)
         assert found, text
         return found[2], int(found[1])

@@ -8,10 +8,18 @@ import math
 import numpy as np
 import pytest
 
-from longreach.rl.benchmarks.bootstrap import average_difference, average_interval, intervals, paired, resampled
+from longreach.rl.benchmarks.bootstrap import (
+    Interval,
+    Values,
+    average_difference,
+    average_interval,
+    intervals,
+    paired,
+    resampled,
+)
 
 
-def one(values: list[float | None], seed: int = 0, resamples: int = 20_000):
+def one(values: Values, seed: int = 0, resamples: int = 20_000) -> Interval:
     return intervals({"x": values}, resamples=resamples, seed=seed)["x"]
 
 
