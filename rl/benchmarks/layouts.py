@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..prompts import TEMPLATE
-from ..rows import Example, LeftOut, RowError, parse_row
+from ..rows import Example, LeftOut, RowError, WrongForm, parse_row
 from .fields import Row, decoded, golds, print_passages, read_objects, read_passages, read_text, read_texts
 
 LETTERS = "ABCD"
@@ -71,14 +71,14 @@ def read_row(row: object, place: Place, layouts: Sequence[str]) -> Iterator[Exam
         if LAYOUTS[name].fits(present):
             yield from LAYOUTS[name].read(present, place)
             return
-    forms = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in layouts)
     if "Prompt" in row and "Answer" in row and ("wiki_links" in row or "wikipedia_link_1" in row):
-        raise RowError(
+        raise WrongForm(
             "wiki_items",
             "is missing: google/frames-benchmark holds links, not pages; give the form with the pages' text "
             "(Tongyi-Zhiwen/frames:test.jsonl)",
         )
-    raise RowError("row", f"has the columns {sorted(row)[:12]}, none of the forms of {place.benchmark}: {forms}")
+    forms = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in layouts)
+    raise WrongForm("row", f"has the columns {sorted(row)[:12]}, none of the forms of {place.benchmark}: {forms}")
 
 
 def _has(*names: str) -> Callable[[Row], bool]:
@@ -88,7 +88,7 @@ def _has(*names: str) -> Callable[[Row], bool]:
 def _longbench(row: Row, place: Place) -> Iterator[Example]:
     dataset = row.get("dataset")
     if isinstance(dataset, str) and dataset.removesuffix("_e") not in place.datasets:
-        raise RowError("dataset", f"is {dataset!r}, which is not {place.benchmark}; give that benchmark's own file")
+        raise WrongForm("dataset", f"is {dataset!r}, which is not {place.benchmark}; give that benchmark's own file")
     answers = golds(row["answers"], "answers")
     if place.benchmark == "qasper":
         answers = _with_unanswerable(answers)
