@@ -275,6 +275,12 @@ def _narrativeqa_fits(row: Row) -> bool:
     return _has("document", "question", "answers")(row) and isinstance(row["document"], Mapping) and isinstance(row["question"], Mapping)  # fmt: skip
 
 
+def _docmath_fits(row: Row) -> bool:
+    # MuSiQue's paragraphs are objects.
+    paragraphs = row.get("paragraphs")
+    return "question" in row and "paragraphs" in row and not (isinstance(paragraphs, list) and paragraphs and isinstance(paragraphs[0], Mapping))  # fmt: skip
+
+
 def _papers_fit(row: Row) -> bool:
     return bool(row) and all(
         isinstance(value, Mapping) and "qas" in value and "full_text" in value for value in row.values()
@@ -290,7 +296,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("narrativeqa", "document, question, answers with text", _narrativeqa_fits, _narrativeqa),
         Layout("qasper", "full_text, qas", _has("full_text", "qas"), _qasper),
         Layout("qasper-papers", "one object of papers with full_text, qas", _papers_fit, _qasper_papers),
-        Layout("docmath", "question, paragraphs, ground_truth", _has("question", "paragraphs"), _docmath),
+        Layout("docmath", "question, paragraphs, ground_truth", _docmath_fits, _docmath),
         Layout("frames", "Prompt, Answer, wiki_items", _has("Prompt", "Answer", "wiki_items"), _frames),
         Layout("longbench-v2", "question, choice_A to choice_D, answer, context",
                _has("question", "answer", "context", *(f"choice_{letter}" for letter in LETTERS)), _longbench_v2),
