@@ -22,7 +22,7 @@ none where the words are everywhere), depths (of each piece, in the order of `va
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -119,11 +119,11 @@ def share_found(example: Example, completion: str) -> float:
     return sum(named) / len(named)
 
 
-def _labelled(build: Callable[[list[str]], Example], label: dict[str, str]) -> Callable[[list[str]], Example]:
+def _labelled(build: Callable[[Sequence[str]], Example], label: dict[str, str]) -> Callable[[Sequence[str]], Example]:
     return lambda filler: replace(build(filler), **label)
 
 
-def _with_sentences(needles: Needles, count: Counts, filler: list[str]) -> Example:
+def _with_sentences(needles: Needles, count: Counts, filler: Sequence[str]) -> Example:
     hidden = [*needles.asked, *needles.others]
     document, depths = place(filler, [Hidden(f" {piece.text}", piece.depth) for piece in hidden], count)
     own = [round(depth, 4) for depth in depths[: len(needles.asked)]]
@@ -131,7 +131,7 @@ def _with_sentences(needles: Needles, count: Counts, filler: list[str]) -> Examp
     return _example(document, needles.question, needles.values, needles.complete, columns)
 
 
-def _with_words(words: Words, key: str, filler: list[str]) -> Example:
+def _with_words(words: Words, key: str, filler: Sequence[str]) -> Example:
     stream = [*words.fixed, *filler]
     Random(f"{key}/order").shuffle(stream)
     return _example("".join(stream).strip(), words.question, words.values, True, {"values": list(words.values)})

@@ -154,7 +154,9 @@ def _warnings(benchmark: Benchmark, result: ReadResult, limit: int | None) -> It
     found, expected = len(result.examples), benchmark.questions
     if expected is not None and found != expected and (limit is None or limit > found):
         yield f"{benchmark.name}: {found} questions, where the published evaluation has {expected}: scores are not comparable"
-    others = Counter(e.columns["row_benchmark"] for e in result.examples if e.columns.get("row_benchmark") in BENCHMARKS)
+    others = Counter(
+        e.columns["row_benchmark"] for e in result.examples if e.columns.get("row_benchmark") in BENCHMARKS
+    )
     for other, number in others.items():
         yield f"{benchmark.name}: {number} rows call themselves {other}"
     if result.left_out:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
+from longreach.rl import hub
 from longreach.rl.data import read_examples
 from longreach.rl.hub import HubName, hub_name
 
@@ -71,10 +70,10 @@ def test_a_file_is_fetched_and_read_like_a_local_one(tmp_path: Path, monkeypatch
     def fetch(repository: str, file: str, *, repo_type: str) -> str:
         asked.append((repository, file, repo_type))
         if file != "data.zip":
-            raise LocalEntryNotFoundError("no connection")
+            raise OSError("no connection")
         return str(archive)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "cached_file", fetch)
     result = read_examples("owner/name:data.zip")
     assert asked == [("owner/name", "data.zip", "dataset")]
     assert [example.id for example in result.examples] == ["cities-0"]

@@ -7,10 +7,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from longreach.rl import hub
 from longreach.rl.benchmarks.registry import BENCHMARKS, SEVEN, benchmark_names, find_benchmark, read_benchmark
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -60,7 +60,7 @@ def test_longbench_comes_from_its_archive(tmp_path: Path, monkeypatch: pytest.Mo
         assert (repository, file, repo_type) == ("THUDM/LongBench", "data.zip", "dataset")
         return str(tmp_path / "data.zip")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "cached_file", fetch)
     for name in SEVEN[2:]:
         result = read_benchmark(name)
         assert (len(result.examples), result.warnings, result.bad) == (200, [], [])

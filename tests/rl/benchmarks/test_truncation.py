@@ -36,6 +36,7 @@ def check(example: Example, tokenizer: PreTrainedTokenizerFast, limit: int) -> N
     assert abs(start - limit // 2) <= around and abs(kept - limit // 2) <= around
     assert example.question is not None and example.context is not None
     text = tokenizer.decode(list(ours.ids))
+    assert isinstance(text, str)
     assert example.question.strip() in text and text.rstrip().endswith(render(example, tokenizer)[-20:].rstrip())
     assert example.context.strip()[:200] in text and example.context.strip()[-200:] in text
     # A ready prompt can't be taken apart, and is cut exactly as published (special tokens are the template's own here).
