@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .hub import HubName, download, hub_name, table_rows
-from .rows import Example, LeftOut, Needs, RowError, parse_row
+from .rows import Example, LeftOut, Needs, RowError, WrongForm, parse_row
 
 __all__ = ["BadRow", "DataConfig", "Example", "Parse", "ReadResult", "read_examples"]
 
@@ -116,7 +116,8 @@ def read_examples(
     set_aside: where skipped rows go, as JSONL of file, row, field, reason and the row; written anew.
     parse: how rows become examples, `rows.parse_row` unless given. stems: of a folder or archive with files for several
     data sets, the names of the one meant ("hotpotqa" takes hotpotqa.jsonl, else hotpotqa_dev.jsonl).
-    Raises ValueError for a source that is not there, and with one report for all bad rows unless they are skipped.
+    Raises ValueError for a source that is not there or opens with a row in no known form, and with one report for all
+    bad rows, unless they are skipped.
     """
     examples: list[Example] = []
     bad: list[BadRow] = []
@@ -139,6 +140,8 @@ def read_examples(
                 examples.append(item)
                 continue
             entry = BadRow(file, index + 1, item.column, item.reason)
+            if isinstance(item, WrongForm) and not (skip_bad_rows or examples or bad or left_out):
+                raise ValueError(str(entry))
             (left_out if isinstance(item, LeftOut) else bad).append(entry)
             if aside is not None and not isinstance(item, LeftOut):
                 aside.write(_aside_line(entry, row))

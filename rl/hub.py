@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import cached_file
+
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<part>[^:@]+))?(?:@(?P<split>[\w\[\]:%+-]+))?")
 _FILES = (".jsonl", ".json", ".parquet", ".zip")
 
@@ -45,17 +47,16 @@ def download(name: HubName, readable: Sequence[str]) -> Path:
 
     Raises ValueError for one that can't be had.
     """
-    from huggingface_hub import hf_hub_download  # slow to import, and needed for names alone
-    from huggingface_hub.errors import EntryNotFoundError
-
     assert name.file is not None
     try:
-        return Path(hf_hub_download(name.repository, name.file, repo_type="dataset"))
-    except (EntryNotFoundError, OSError, ValueError) as error:
+        found = cached_file(name.repository, name.file, repo_type="dataset")
+    except OSError as error:  # whatever the hub's client meets, down to a name that is no name
         raise ValueError(
-            f"{name.repository}:{name.file}: cannot be fetched from the hub: {error}. Without a connection, fetch it "
+            f"{name.repository}:{name.file}: cannot be fetched from the hub: {' '.join(str(error).split()).rstrip('.')}. Without a connection, fetch it "
             f"elsewhere and give the local file or folder ({', '.join(readable)}, .zip) as the source"
         ) from error
+    assert found is not None
+    return Path(found)
 
 
 def table_rows(name: HubName, split: str) -> Iterator[tuple[int, object]]:

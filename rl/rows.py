@@ -86,6 +86,10 @@ class LeftOut(RowError):
     """A row that its data set's own rules leave out: it is counted and listed, and nothing is wrong with it."""
 
 
+class WrongForm(RowError):
+    """A row in no form that was asked for: when a file opens with one, it is the wrong file."""
+
+
 def parse_row(row: object, *, default_id: str, default_benchmark: str, needs: Needs) -> Example:
     """The example that a row describes. Raises RowError."""
     if not isinstance(row, Mapping):

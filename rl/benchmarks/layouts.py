@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..prompts import TEMPLATE
-from ..rows import Example, LeftOut, RowError, parse_row
+from ..rows import Example, LeftOut, RowError, WrongForm, parse_row
 from .fields import Row, decoded, golds, print_passages, read_objects, read_passages, read_text, read_texts
 
 LETTERS = "ABCD"
@@ -71,14 +71,14 @@ def read_row(row: object, place: Place, layouts: Sequence[str]) -> Iterator[Exam
         if LAYOUTS[name].fits(present):
             yield from LAYOUTS[name].read(present, place)
             return
-    forms = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in layouts)
     if "Prompt" in row and "Answer" in row and ("wiki_links" in row or "wikipedia_link_1" in row):
-        raise RowError(
+        raise WrongForm(
             "wiki_items",
             "is missing: google/frames-benchmark holds links, not pages; give the form with the pages' text "
             "(Tongyi-Zhiwen/frames:test.jsonl)",
         )
-    raise RowError("row", f"has the columns {sorted(row)[:12]}, none of the forms of {place.benchmark}: {forms}")
+    forms = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in layouts)
+    raise WrongForm("row", f"has the columns {sorted(row)[:12]}, none of the forms of {place.benchmark}: {forms}")
 
 
 def _has(*names: str) -> Callable[[Row], bool]:
@@ -88,7 +88,7 @@ def _has(*names: str) -> Callable[[Row], bool]:
 def _longbench(row: Row, place: Place) -> Iterator[Example]:
     dataset = row.get("dataset")
     if isinstance(dataset, str) and dataset.removesuffix("_e") not in place.datasets:
-        raise RowError("dataset", f"is {dataset!r}, which is not {place.benchmark}; give that benchmark's own file")
+        raise WrongForm("dataset", f"is {dataset!r}, which is not {place.benchmark}; give that benchmark's own file")
     answers = golds(row["answers"], "answers")
     if place.benchmark == "qasper":
         answers = _with_unanswerable(answers)
@@ -275,6 +275,12 @@ def _narrativeqa_fits(row: Row) -> bool:
     return _has("document", "question", "answers")(row) and isinstance(row["document"], Mapping) and isinstance(row["question"], Mapping)  # fmt: skip
 
 
+def _docmath_fits(row: Row) -> bool:
+    # MuSiQue's paragraphs are objects.
+    paragraphs = row.get("paragraphs")
+    return "question" in row and "paragraphs" in row and not (isinstance(paragraphs, list) and paragraphs and isinstance(paragraphs[0], Mapping))  # fmt: skip
+
+
 def _papers_fit(row: Row) -> bool:
     return bool(row) and all(
         isinstance(value, Mapping) and "qas" in value and "full_text" in value for value in row.values()
@@ -290,7 +296,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("narrativeqa", "document, question, answers with text", _narrativeqa_fits, _narrativeqa),
         Layout("qasper", "full_text, qas", _has("full_text", "qas"), _qasper),
         Layout("qasper-papers", "one object of papers with full_text, qas", _papers_fit, _qasper_papers),
-        Layout("docmath", "question, paragraphs, ground_truth", _has("question", "paragraphs"), _docmath),
+        Layout("docmath", "question, paragraphs, ground_truth", _docmath_fits, _docmath),
         Layout("frames", "Prompt, Answer, wiki_items", _has("Prompt", "Answer", "wiki_items"), _frames),
         Layout("longbench-v2", "question, choice_A to choice_D, answer, context",
                _has("question", "answer", "context", *(f"choice_{letter}" for letter in LETTERS)), _longbench_v2),

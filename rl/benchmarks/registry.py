@@ -10,6 +10,7 @@ repository has a loading script, which `datasets` no longer runs, so its archive
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from ..data import Parse, ReadResult, read_examples
 from ..rows import Example, RowError
 from ..rules import rule_reward
 from .layouts import Place, read_row
+from .needles import make_needles, needle_test
 
 SEVEN: tuple[str, ...] = ("docmath", "frames", "2wikimultihopqa", "hotpotqa", "musique", "narrativeqa", "qasper")
 _SHOWN = 10
@@ -75,6 +77,9 @@ def find_benchmark(name: str) -> Benchmark:
     """The benchmark of a name. Raises ValueError that names the nearest known one."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
+    if name.startswith("needle"):
+        test = needle_test(name)
+        return Benchmark(name, test.title, "made here", judged=False, questions=None)
     raise ValueError(f"benchmark {name!r} is unknown; {nearest(name, BENCHMARKS)}")
 
 
@@ -105,7 +110,7 @@ def read_benchmark(
 
     Args:
         source: a file, folder, archive or hub name instead of the benchmark's own.
-        limit: the first so many questions.
+        limit: the first so many questions; of a needle test, how many there are.
         tokenizer, seed: for needle tests alone, which are made to a length in its tokens.
         skip_bad_rows: list what can't be read in `bad` instead of stopping.
 
@@ -116,11 +121,23 @@ def read_benchmark(
     benchmark = find_benchmark(name)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit} questions, must be at least 1")
+    if name not in BENCHMARKS:
+        return _needles(name, source, limit, tokenizer, seed)
     result = read_examples(
         benchmark.source if source is None else source, split=benchmark.split, limit=limit,
         skip_bad_rows=skip_bad_rows, parse=_parser(benchmark), stems=benchmark.stems,
     )  # fmt: skip
     return replace(result, warnings=list(_warnings(benchmark, result, limit)))
+
+
+def _needles(
+    name: str, source: str | Path | None, limit: int | None, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> ReadResult:
+    if source is not None:
+        raise ValueError(f"{name} is made here and reads no source, but {source} is given")
+    if tokenizer is None:
+        raise ValueError(f"{name} is made to a length in tokens: give the tokenizer of the model")
+    return ReadResult(list(make_needles(needle_test(name), tokenizer, questions=limit, seed=seed)), [], [])
 
 
 def _parser(benchmark: Benchmark) -> Parse:
@@ -137,6 +154,11 @@ def _warnings(benchmark: Benchmark, result: ReadResult, limit: int | None) -> It
     found, expected = len(result.examples), benchmark.questions
     if expected is not None and found != expected and (limit is None or limit > found):
         yield f"{benchmark.name}: {found} questions, where the published evaluation has {expected}: scores are not comparable"
+    others = Counter(
+        e.columns["row_benchmark"] for e in result.examples if e.columns.get("row_benchmark") in BENCHMARKS
+    )
+    for other, number in others.items():
+        yield f"{benchmark.name}: {number} rows call themselves {other}"
     if result.left_out:
         reasons = sorted({f"{row.field} {row.reason}" for row in result.left_out})
         yield f"{benchmark.name}: {len(result.left_out)} rows were left out ({'; '.join(reasons)})"

@@ -1,4 +1,4 @@
-"""Seven small benchmarks as files, and a server that knows their answers: what the tests of an evaluation share."""
+"""Seven small benchmarks as files, a server that knows their answers, and a tokenizer trained on our own filler."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from longreach.engine import load_tokenizer
 from longreach.rl.benchmarks.registry import SEVEN
 from longreach.rl.benchmarks.settings import EvaluationConfig
 from longreach.rl.config import build
 from longreach.rl.console import Console
+from longreach.rl.prompts import TEMPLATE
+from longreach.rl.synthetic.lexicon import FILLERS
 
 QUESTIONS = 4
 
@@ -103,3 +107,35 @@ class Known:
 @pytest.fixture
 def served(server: Any, tiny_dir: Path) -> Known:
     return Known(server, tiny_dir)
+
+
+CHAT = (
+    "{{ '<|bos|>' }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([TEMPLATE, *FILLERS, "The access code of the crooked anchor is 7310942."] * 3, trainer)
+    core.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64)
+    tokenizer.chat_template = CHAT if chat else None
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def bare() -> PreTrainedTokenizerFast:
+    return make_tokenizer(chat=False)
+
+
+@pytest.fixture(scope="session")
+def chatty() -> PreTrainedTokenizerFast:
+    return make_tokenizer(chat=True)
