@@ -41,6 +41,11 @@ class Question:
         return self.benchmark, self.example.id
 
     @property
+    def is_needle(self) -> bool:
+        """Whether it was made here, with the columns of `needles.py`."""
+        return self.benchmark.startswith("needle")
+
+    @property
     def is_cut(self) -> bool:
         return self.length > len(self.ids)
 

@@ -75,7 +75,14 @@ def notes_of(results: Results) -> list[str]:
 def tables(results: Results) -> list[Table]:
     """All tables of the report, in order."""
     made = [_scores(results), _passes(results), _published(results), _differences(results), _rules(results)]
-    made += [_buckets(results), _agreement(results), _counts(results), _failures(results), _unjudged(results)]
+    made += [
+        _needles(results),
+        _buckets(results),
+        _agreement(results),
+        _counts(results),
+        _failures(results),
+        _unjudged(results),
+    ]
     return [table for table in made if table is not None]
 
 
@@ -157,6 +164,26 @@ def _rules(results: Results) -> Table | None:
     rows = tuple((b["name"], *(percent(b["rules"][rule]) for rule in rules)) for b in results["benchmarks"])
     lead = "The same responses under each rule, without the judge. Only the first scores what an answer means; the published ones are for comparison."
     return Table("Rules side by side (%)", lead, ("benchmark", *rules), rows) if rules else None
+
+
+def _needles(results: Results) -> Table | None:
+    rows = tuple(
+        (
+            row["benchmark"],
+            row["by"],
+            row["value"],
+            str(row["score"]["n"]),
+            percent(row["score"]),
+            percent(row["named"]),
+        )
+        for row in results["needles"]
+    )
+    lead = "The score wants every value and nothing else; RULER's own is the share of the values that the answer names."
+    return (
+        Table("Needle tests (%)", lead, ("benchmark", "by", "", "questions", "score", "RULER's"), rows)
+        if rows
+        else None
+    )
 
 
 def _buckets(results: Results) -> Table:

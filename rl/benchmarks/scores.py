@@ -19,6 +19,7 @@ from ..prompts import question_of
 from ..rewards import Reward, RewardConfig
 from ..rules import Verdict, score_example
 from ..scoring import Ended, Looked
+from .needles import share_found
 from .questions import Question
 from .results import Response
 from .settings import EvaluationConfig
@@ -26,10 +27,16 @@ from .settings import EvaluationConfig
 PUBLISHED = "qwenlong-l1-eval"
 """The rule of the published table."""
 
+FOREVER = 1e9
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class Score:
-    """Of one sample. `judge` None: there is none, or (`unjudged`) it gave no verdict. `reason` is the rule's, or request_failed."""
+    """Of one sample. `judge` None: there is none, or (`unjudged`) it gave no verdict. `reason` is the rule's, or request_failed.
+
+    `named` is RULER's own score of a needle test.
+    """
 
     sample: int
     score: float
@@ -44,6 +51,7 @@ class Score:
     tokens: int | None
     failed: str | None
     rules: Mapping[str, float]
+    named: float | None = None
 
     def dump(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -77,7 +85,8 @@ class Scorer:
         self._responses: dict[int, Response] = {}
 
     def __enter__(self) -> Self:
-        every = None if self.config.judge is None else replace(self.config.judge, audit=1.0)
+        # Of all answers, and without an end to the waiting: each verdict has its deadline.
+        every = None if self.config.judge is None else replace(self.config.judge, audit=1.0, max_wait=FOREVER)
         self._stack = ExitStack()
         self._by_judge = self._stack.enter_context(_reward(self.config, every, self.judge).scoring(self.config.samples))
         self._by_rule = self._stack.enter_context(_reward(self.config, None, None).scoring(1))
@@ -122,7 +131,7 @@ def _score(
         return Score(
             response.sample, 0.0, 0.0, None if judged_by_none else 0.0, False, False,
             0.0 if PUBLISHED in config.rules else None, "request_failed", None, "", None, response.failed,
-            dict.fromkeys(config.rules, 0.0),
+            dict.fromkeys(config.rules, 0.0), 0.0 if question.is_needle else None,
         )  # fmt: skip
     assert looked.rule is not None, "a benchmark's question without gold answers"
     rules = {
@@ -135,6 +144,7 @@ def _score(
         response.sample, _larger(rule, judge), rule, judge, looked.asked and looked.judged is None, looked.asked,
         None if published is None else _larger(published, judge), looked.rule.reason, looked.rule.extracted,
         response.finish_reason, response.tokens, None, rules,
+        share_found(question.example, response.text) if question.is_needle else None,
     )  # fmt: skip
 
 

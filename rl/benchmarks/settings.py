@@ -18,6 +18,7 @@ from ..rules import check_scoring
 from ..statistics import bucket_of
 
 STYLES = ("auto", "completions", "chat")
+_OF_TRAINING = ("audit", "max_wait", "max_failure_share")
 LIMIT_KEYS = ("max_tokens", "max_completion_tokens")
 
 
@@ -140,6 +141,11 @@ class EvaluationConfig:
         bucket_of(1, self.buckets)  # refuses bounds that don't rise
         self.sampling()
         self._check_place()
+        for name in _OF_TRAINING if self.judge else ():
+            if getattr(self.judge, name) != getattr(JudgeConfig, name):
+                raise ValueError(
+                    f"judge.{name} would do nothing here: every answer is judged and every verdict waited for (judge.deadline bounds each)"
+                )
 
     def _check_place(self) -> None:
         if not self.is_served:

@@ -13,6 +13,7 @@ from ..agreement import confusion
 from ..seeds import derive
 from ..statistics import bucket_of, pass_at_k
 from .bootstrap import Values, average_interval, intervals
+from .needle_summary import summarize_needles
 from .registry import SEVEN
 from .scores import Score, Scored
 from .settings import EvaluationConfig
@@ -36,6 +37,7 @@ def summarize(scored: Sequence[Scored], config: EvaluationConfig) -> dict[str, A
         "benchmarks": [_benchmark(name, mine, config) for name, mine in by_name.items()],
         "average": _average(by_name, config),
         "buckets": _buckets(scored, config, "all"),
+        "needles": summarize_needles(scored, config),
         "agreement": confusion(
             (one.question.benchmark, {"rule": s.rule, "judge": s.judge}) for one, s in samples if s.asked
         ),

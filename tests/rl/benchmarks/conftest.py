@@ -50,7 +50,7 @@ def settings(seven: dict[str, str], tiny_dir: Path) -> Callable[..., EvaluationC
     def make(model: str, *names: str, **keys: Any) -> EvaluationConfig:
         asked = names or SEVEN
         values: dict[str, Any] = {
-            "model": model, "benchmarks": ",".join(asked), "data": {name: seven[name] for name in asked}, "resamples": 500,
+            "model": model, "benchmarks": ",".join(asked), "data": {name: seven[name] for name in asked if name in seven}, "resamples": 500,
             "max_input": 400, "max_output": 8, "buckets": [64, 128, 256],
         }  # fmt: skip
         if model.startswith("http"):

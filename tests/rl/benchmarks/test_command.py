@@ -52,6 +52,7 @@ URL = ("--model", "http://127.0.0.1:9/v1")
         ((*URL, "--tokenizer", "x", "--concurrency", "0"), "server.concurrency is 0"),
         ((*URL, "--tokenizer", "x", "--local.dtype", "float32"), "local.* would do nothing"),
         ((*URL, "--tokenizer", "x", "--judge-url", "http://127.0.0.1:9"), "judge model is empty"),
+        ((*URL, "--tokenizer", "x", "--judge-url", "http://127.0.0.1:9", "--judge-model", "j", "--judge.audit", "0.5"), "judge.audit would do nothing here"),
         ((*URL, "--tokenizer", "x", "--data", "qasper"), "give NAME=FILE"),
         ((*URL, "--tokenizer", "x", "--temperature", "0", "--samples", "2"), "greedy answers are all alike"),
         ((*URL, "--tokenizer", "x", "--top-p", "0"), "top_p must lie in (0, 1]"),

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
+from longreach.engine import load_tokenizer
 from longreach.rl.benchmarks.endpoint import ServerDown
+from longreach.rl.benchmarks.questions import read_questions
 from longreach.rl.benchmarks.registry import SEVEN
 from longreach.rl.benchmarks.results import read_results
 from longreach.rl.benchmarks.run import run_evaluation
+from longreach.rl.console import Console
 from longreach.rl.judge_base import JudgeFailing
 
 Settings = Callable[..., Any]
@@ -179,6 +182,78 @@ def test_rule_judge_and_the_larger_of_both(
     before = len(server.bodies)
     run_evaluation(config, tmp_path, quiet, {})
     assert len(server.bodies) == before + 1, "verdicts are kept, and what had none is asked again"
+
+
+def test_choices_and_needles_are_scored_by_the_rule_alone(
+    server: Any, settings: Settings, tmp_path: Path, quiet: Any, tiny_dir: Path
+) -> None:
+    """A benchmark that says so is not shown to the judge, and its judge column is empty."""
+    server.respond = lambda _n, body: (
+        server.chat("[[YES]]")
+        if "messages" in body
+        else server.http(200, json.dumps({"choices": [{"text": "the answer is"}]}))
+    )
+    config = settings(
+        server.url, "longbench-v2", data={"longbench-v2": str(_choices(tmp_path))}, judge={"base_url": server.url, "model": "judge"}
+    )  # fmt: skip
+    made = run_evaluation(config, tmp_path / "out", quiet, {})
+    assert not any("messages" in body for body in server.bodies)
+    [benchmark] = made["benchmarks"]
+    assert (benchmark["score"]["mean"], benchmark["judge"]["mean"], benchmark["judge"]["left_out"]) == (0.0, None, 2)
+    assert "Beside the published" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_needles_by_task_and_depth_with_rulers_own_score(
+    server: Any, settings: Settings, tmp_path: Path, quiet: Any, tiny_dir: Path
+) -> None:
+    """A model that names all four codes every other time, and two of them else."""
+    config = settings(server.url, "needles-multivalue-1k", limit=8, max_input=2000)
+    wanted = values_of(config, tiny_dir)
+
+    def respond(_n: int, body: dict[str, Any]) -> Any:
+        values = wanted[tuple(body["prompt"])]
+        said = ", ".join(values if len(server.bodies) % 2 else values[:2])
+        return server.http(
+            200, json.dumps({"choices": [{"text": f"Therefore, the answer is {said}.", "finish_reason": "stop"}]})
+        )
+
+    server.respond = respond
+    made = run_evaluation(config, tmp_path, quiet, {})
+    rows = made["needles"]
+    [task] = [row for row in rows if row["by"] == "task"]
+    assert (task["value"], task["score"]["mean"], task["named"]["mean"]) == ("multivalue", 0.5, 0.75)
+    depths = [row for row in rows if row["by"] == "depth"]
+    assert sum(row["score"]["n"] for row in depths) == 8 and all(row["value"].endswith(" %") for row in depths)
+    assert "Needle tests" in (tmp_path / "report.md").read_text()
+
+
+def values_of(config: Any, tiny_dir: Path) -> dict[tuple[int, ...], list[str]]:
+    questions, _ = read_questions(config, load_tokenizer(tiny_dir), Console(quiet=True))
+    return {tuple(q.ids.tolist()): list(q.example.columns["values"]) for q in questions}
+
+
+def _choices(folder: Path) -> Path:
+    rows = [
+        {
+            "id": f"c{i}", "context": "Two cities.", "question": "Which?", "choices": ["Rome", "Oslo", "Bern", "Lima"],
+            "answers": ["B"], "answer_type": "choice",
+        }
+        for i in range(2)
+    ]  # fmt: skip
+    path = folder / "longbench-v2.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_judge_in_this_process_that_never_decides(
+    served: Any, server: Any, settings: Settings, tmp_path: Path, quiet: Any, tiny_dir: Path
+) -> None:
+    """The same interface: all scores fall back to the rule's, and all of its answers are listed."""
+    judge = {"model_dir": str(tiny_dir), "device": "cpu", "dtype": "float32", "max_tokens": 4}
+    made = run_evaluation(settings(server.url, "qasper", samples=2, judge=judge), tmp_path, quiet, {})
+    assert made["counts"]["judge_failures"] == len(made["judge_failures"]) == 8
+    [qasper] = made["benchmarks"]
+    assert (qasper["score"]["mean"], qasper["judge"]["mean"]) == (1.0, None)
 
 
 def test_a_judge_with_a_wrong_key_stops_before_anything_is_generated(
