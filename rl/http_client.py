@@ -134,7 +134,12 @@ class Client(Generic[T]):
         async with self._slots:
             return await self._complete(url, body, size / _BYTES_PER_TOKEN + most)
 
-    async def _complete(self, url: str, body: dict[str, Any], tokens: float) -> Reply[T]:
+    async def get(self, url: str) -> Reply[T]:
+        """As `post`, of a page that costs no tokens."""
+        async with self._slots:
+            return await self._complete(url, None, 0.0)
+
+    async def _complete(self, url: str, body: dict[str, Any] | None, tokens: float) -> Reply[T]:
         settings = self.settings
         end, reply = time.monotonic() + settings.deadline, Reply[T]()
         for attempt in range(settings.retries + 1):
@@ -178,7 +183,7 @@ class Client(Generic[T]):
         await asyncio.sleep(wait)
         return True
 
-    async def _post(self, url: str, body: dict[str, Any], end: float) -> Reply[T]:
+    async def _post(self, url: str, body: dict[str, Any] | None, end: float) -> Reply[T]:
         """One request, and what the breaker should know of it."""
         try:
             async with asyncio.timeout(min(self.settings.timeout, max(0.0, end - time.monotonic()))):
@@ -196,8 +201,8 @@ class Client(Generic[T]):
             self.breaker.succeeded()
         return reply
 
-    async def _exchange(self, url: str, body: dict[str, Any]) -> Reply[T]:
-        async with self._http.stream("POST", url, json=body) as response:
+    async def _exchange(self, url: str, body: dict[str, Any] | None) -> Reply[T]:
+        async with self._http.stream("GET" if body is None else "POST", url, json=body) as response:
             status = response.status_code
             if status in _REFUSED:
                 raise self._refused(status)

@@ -137,6 +137,10 @@ class Recipe:
         self._check_cache("eval", longest, self.eval.k, self.eval.max_completion)
 
 
+_SHORT = {"generator": "generator.kind"}
+"""A section's short name on the command line, for its kind."""
+
+
 def shipped() -> dict[str, Path]:
     """Recipes that come with the package, by name."""
     return {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
@@ -150,7 +154,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """
     values = _read_toml(name, ())
     for key, text in overrides:
-        override(values, key, text)
+        override(values, _SHORT.get(key, key), text)
     values.setdefault("name", Path(name).stem)
     return build(Recipe, values)
 
