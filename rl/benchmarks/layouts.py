@@ -23,6 +23,7 @@ as title, abstract and sections. What it gives up: figures and tables of papers,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -235,11 +236,14 @@ def split_template(text: str) -> tuple[str, str] | None:
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
-    """The question with its options listed, unless it prints them all already."""
-    if all(choice in question for choice in choices):
+    """The question with its options listed by letter, unless it prints them so already."""
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    bare = [re.sub(rf"^\s*\(?{letter}[.:)]\s*", "", choice) for letter, choice in zip(letters, choices, strict=True)]
+    options = list(zip(letters, bare, strict=True))
+    if all(re.search(rf"\b{letter}[.:)]\s*{re.escape(text)}", question) for letter, text in options):
         return question
-    options = "\n".join(f"({chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))
-    return f"{question.strip()}\n\nChoose one of these options and answer with its letter:\n{options}"
+    listed = "\n".join(f"({letter}) {text}" for letter, text in options)
+    return f"{question.strip()}\n\nChoose one of these options and answer with its letter:\n{listed}"
 
 
 def _with_unanswerable(answers: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longreach.rl.benchmarks.layouts import UNANSWERABLE, split_template
+from longreach.rl.benchmarks.layouts import UNANSWERABLE, split_template, with_choices
 from longreach.rl.benchmarks.registry import BENCHMARKS, read_benchmark
 from longreach.rl.data import ReadResult
 from longreach.rl.prompts import TEMPLATE
@@ -305,6 +305,14 @@ def test_a_ready_prompt_is_taken_apart_only_if_it_is_the_published_one() -> None
     assert split_template(text.replace("Format", "Shape")) is None
     assert split_template(TEMPLATE.replace("$DOC$", " ").replace("$Q$", "Why?")) is None
     assert split_template("") is None
+
+
+def test_options_are_listed_once() -> None:
+    listed = "Know it?\n\nChoose one of these options and answer with its letter:\n(A) no\n(B) yes"
+    assert with_choices("Know it?", ("no", "yes")) == listed, "the word 'no' stands in 'Know', and is no option there"
+    assert with_choices("Know it?", ("A. no", "(B) yes")) == listed
+    for question in ("Know it?\nA. no\nB. yes", "Know it? (A) no (B) yes", listed):
+        assert with_choices(question, ("no", "yes")) == question
 
 
 def test_every_benchmark_reads_our_own_rows(tmp_path: Path) -> None:
