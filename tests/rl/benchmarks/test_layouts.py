@@ -14,7 +14,7 @@ import pytest
 
 from longreach.rl.benchmarks.layouts import UNANSWERABLE, split_template, with_choices
 from longreach.rl.benchmarks.registry import BENCHMARKS, read_benchmark
-from longreach.rl.data import ReadResult
+from longreach.rl.data import ReadResult, read_examples
 from longreach.rl.prompts import TEMPLATE
 from longreach.rl.rows import Example
 from longreach.rl.rules import rule_reward
@@ -162,6 +162,14 @@ def test_each_gold_answer_is_right_and_another_is_not(
 
     assert all(score(answer) == 1.0 for answer in answers)
     assert score({"yes": "no", "B": "C"}.get(answers[0], "1977")) == 0.0
+
+
+def test_examples_survive_our_own_rows(tmp_path: Path) -> None:
+    """What was read can be written as a plain row, read as one, and is the same question."""
+    for number, (name, row, *_) in enumerate(EXPECTED):
+        example = read_one(tmp_path, name, row)
+        (again,) = read_examples(write(tmp_path / f"again-{number}.jsonl", example.to_row())).examples
+        assert again == example
 
 
 def test_qasper_asks_every_question_of_a_paper(tmp_path: Path) -> None:
