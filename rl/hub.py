@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<part>[^:@]+))?(?:@(?P<split>[\w\[\]:%+-]+))?")
 _FILES = (".jsonl", ".json", ".parquet", ".zip")

@@ -11,10 +11,12 @@
     verl         prompt, reward_model                           docmath_all_test_200.jsonl is published in this form
     plain        context, question, answers                     ours (`rows.py`), under any benchmark's name
 
-Read in source: the READMEs of LongBench, HotpotQA, 2WikiMultihopQA and DocMath-Eval, MuSiQue's evaluation script, Qasper's
-reader and sample file, the hub's loading scripts of Qasper and NarrativeQA, QwenLong-L1's DocMath evaluation, and a public
-reader of the frames file with the pages. Only described to us: HotpotQA's and 2Wiki's column tables on the hub. No file of
-the hub was at hand: what a file holds beside these columns is not known here.
+Read in source: the READMEs of LongBench, HotpotQA, 2WikiMultihopQA and DocMath-Eval, LongBench v2's prompt, MuSiQue's
+evaluation script, Qasper's reader and sample file, the hub's loading scripts of Qasper and NarrativeQA, QwenLong-L1's DocMath
+evaluation, and a public reader of the frames file with its pages. Only by the cards of copies: the columns of LongBench v2,
+of HotpotQA and 2Wiki on the hub, and of google/frames-benchmark. No file of the hub itself was at hand: what one holds beside
+these columns is not known here. QwenLong-L1 takes DocMath's golds from testmini's unrounded numbers; docmath_all_test_200
+states them in sentences.
 
 Gold answers keep the published order, since the published scores use the first alone; the strict rule takes any of them.
 Documents: LongBench's as printed; DocMath and FRAMES joined as QwenLong-L1 does; passages printed like LongBench's; a paper
