@@ -34,25 +34,38 @@ def read_time(run_dir: Path, notes: Notes) -> Row | None:
         "parts": [*TRAIN_PARTS, OTHER],
         "bars": [_bar(line) for line in evenly(steps, MAX_BARS)],
         "lines": [_line(line) for line in evenly(steps, MAX_LINES)],
-        "stages": [_stage(name, [s for s in steps if s["stage"] == name]) for name in dict.fromkeys(s["stage"] for s in steps)],
+        "stages": [
+            _stage(name, [s for s in steps if s["stage"] == name]) for name in dict.fromkeys(s["stage"] for s in steps)
+        ],
         "passes": passes,
     }
 
 
 def _bar(line: Line) -> Row:
     sums = seconds(line)
-    return {"stage": line["stage"], "step": line["step"], "seconds": [sums.get(part, 0.0) for part in (*TRAIN_PARTS, OTHER)]}
+    return {
+        "stage": line["stage"],
+        "step": line["step"],
+        "seconds": [sums.get(part, 0.0) for part in (*TRAIN_PARTS, OTHER)],
+    }
 
 
 def _line(line: Line) -> Row:
     """The longest spans, in lanes."""
     longest = sorted(intervals(line), key=lambda span: span.start - span.end)[:MAX_SPANS]
-    shown = [[LANES.get(s.name, OTHER), s.name, s.start, s.end] for s in sorted(longest, key=lambda span: span.start) if s.name != "step"]
+    shown = [
+        [LANES.get(s.name, OTHER), s.name, s.start, s.end]
+        for s in sorted(longest, key=lambda span: span.start)
+        if s.name != "step"
+    ]
     return {"stage": line["stage"], "step": line["step"], "spans": shown}
 
 
 def _stage(name: str, lines: list[Line]) -> Row:
     """Mean seconds a step, and how much of the judge's work generation hid."""
     sums = [seconds(line) for line in lines]
-    means = {part: math.fsum(one.get(part, 0.0) for one in sums) / len(sums) for part in ("step", "judge", "rules", *TRAIN_PARTS, OTHER)}
+    means = {
+        part: math.fsum(one.get(part, 0.0) for one in sums) / len(sums)
+        for part in ("step", "judge", "rules", *TRAIN_PARTS, OTHER)
+    }
     return {"stage": name, "steps": len(lines), **means, "hidden": math.fsum(map(hidden, lines)) / len(lines)}

@@ -99,7 +99,10 @@ def trace(lines: Sequence[Line], name: str) -> dict[str, Any]:
     lanes = list(dict.fromkeys((*LANES.values(), OTHER)))
     events: list[dict[str, Any]] = [_meta("process_name", 0, {"name": name})]
     for number, lane in enumerate(lanes, 1):
-        events += [_meta("thread_name", number, {"name": lane}), _meta("thread_sort_index", number, {"sort_index": number})]
+        events += [
+            _meta("thread_name", number, {"name": lane}),
+            _meta("thread_sort_index", number, {"sort_index": number}),
+        ]
     for line in lines:
         for span in intervals(line):
             events.append({
