@@ -112,7 +112,7 @@ class RunFolder:
             self._lock = None
 
     def rewind(self, step: int, unfinished: Collection[str]) -> None:
-        """Cuts off metrics, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
+        """Cuts off metrics, time line, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
         if not self.writes:
             return
         for left in self.root.rglob(f"*{UNFINISHED}"):
