@@ -150,7 +150,11 @@ class VllmGenerator:
             await host.server.ready(self.config.start_timeout_s)
         else:
             await self._asking.bring_up(host)
-        await _check(host.url, window)
+        try:
+            await _check(host.url, window)
+        except ServerError as error:
+            told = f"; {host.server.tail()}" if host.server is not None else ""
+            raise ServerError(host.url, f"{error.reason}{told}", error.status) from None
         version = 0 if host.server is not None or await _untouched(host.url) else None
         await self._asking.pool.now(host, up=True, version=version)
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from longreach.engine import Sampling
+from longreach.engine import Sampling, load_tokenizer
+from longreach.engine.generate import GeneratorConfig
+from longreach.engine.model import ModelConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.serving.client import VllmGenerator
@@ -98,6 +102,26 @@ def draw(make_prompts: Make) -> Make:
         return made, told
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def served_policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """A tiny Qwen3 whose heads are as wide as vLLM's attention on the CPU needs them: 32; one token in eight is a stop token."""
+    folder, tokenizer = tmp_path_factory.mktemp("served"), load_tokenizer(ROOT / "rl" / "assets" / "demo-base")
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(eos, int) and isinstance(pad, int)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.1,
+        eos_token_id=eos, pad_token_id=pad,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [eos, *range(7, len(tokenizer), 8)]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Policy(ModelConfig(str(folder), device="cpu"), GeneratorConfig())
 
 
 @pytest.fixture(scope="session")
