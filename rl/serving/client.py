@@ -142,8 +142,13 @@ class VllmGenerator:
         ]  # fmt: skip
 
     async def _all_up(self, window: int) -> None:
-        for done in asyncio.as_completed([self._up(host, window) for host in self._hosts]):
-            await done
+        tasks = [asyncio.create_task(self._up(host, window)) for host in self._hosts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # the first failure is the message; the others needn't be waited for
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _up(self, host: Host, window: int) -> None:
         if host.server is not None:

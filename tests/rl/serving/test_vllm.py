@@ -27,8 +27,8 @@ Make = Callable[..., Any]
 CHUNK = 128
 """Tokens in one forward of the server: the longer prompts below are computed in several."""
 WINDOW = 640
-ROUNDING = 2e-3
-"""Log-probs of the same fp32 weights by two implementations that sum in different orders; measured: MEASURED."""
+ROUNDING = 1e-4
+"""Log-probs of the same fp32 weights by two implementations that sum in different orders; 2.4e-6 was measured."""
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,9 @@ def test_completions_end_with_a_stop_token_or_at_the_limit(served: VllmGenerator
 
 
 def test_tokens_are_drawn_with_the_policys_probabilities(served: VllmGenerator, make_prompts: Make) -> None:
-    prompts, draws = make_prompts(20), 2000
-    [made] = ask(served, prompts, draws, Sampling(1, temperature=0.7))
-    counts = torch.bincount(torch.tensor([c.ids[0] for c in made]), minlength=1621)
+    prompts, size = make_prompts(20) * 40, 50
+    made = ask(served, prompts, size, Sampling(1, temperature=0.7))
+    counts, draws = torch.bincount(torch.tensor([c.ids[0] for group in made for c in group])), size * len(prompts)
     likely = counts.argsort(descending=True)[:10]
     group = Group(torch.tensor(prompts[0].ids), [token[None] for token in likely])
     with torch.no_grad():
