@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +260,22 @@ def test_it_is_a_generator(fake: Any, make_generator: Make) -> None:
     generator.close()
     generator.close()
     assert generator.servers == []
+
+
+@pytest.mark.slow
+def test_many_ranks_get_the_same_completions_and_share_what_follows(
+    fake: Any, start_ranks: Make, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Rank 0 asks; each rank is told its share, so that rules and judge are shared out, and a failure is everyone's."""
+    fake.generate = lambda _n, body: fake.server.http(500, "boom") if len(body["token_ids"]) == 13 else fake.well(body)
+    ranks = start_ranks(2, Path(__file__).with_name("sampling_rank.py"), tiny_dir, fake.url, tmp_path)
+    for rank in ranks:
+        assert rank.wait(120.0) == 0, rank.err.read_text()[-2000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["made"] == second["made"] and len(first["made"]) == 3
+    assert len(fake.orders) == 4, "once, whatever the number of ranks"
+    assert first["told"] == [[0, 0], [0, 1], [2, 0], [2, 1]] and second["told"] == [[1, 0], [1, 1]]
+    assert first["handed"] == second["handed"] == [[3, [fake.url]]], "weights may be sharded: all ranks hand over"
+    assert "no completions of prompt 'p9' (13 tokens) after one try" in first["failed"]
+    assert first["failed"] == second["failed"]
+    assert first["metrics"] == second["metrics"] and first["metrics"]["rollout/failed_requests"] == 1
