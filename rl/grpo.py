@@ -318,10 +318,11 @@ class GrpoTrainer:
     def uncorrected(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The loss's options where the generator's log-probs are of another measure than the trainer's: none that compares them."""
         left = {name: value for name, value in options.items() if not name.startswith("importance_")}
-        if len(left) < len(options):
+        lost = sorted(options.keys() - left.keys() - {"importance_level"})
+        if lost:
             self.console.warn_once(
                 "the generator doesn't say how much top_p and top_k cut off, so its log-probs can't be compared with the trainer's: "
-                f"{', '.join(sorted(options.keys() - left.keys()))} are off, and training runs on old log-probs (top_p = 1 and "
+                f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} off, and training runs on old log-probs (top_p = 1 and "
                 "top_k = 0 would bring them back)"
             )
         return left

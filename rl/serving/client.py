@@ -164,15 +164,24 @@ class VllmGenerator:
         ]  # fmt: skip
 
     async def _all_up(self, window: int) -> None:
-        for done in asyncio.as_completed([self._up(host, window) for host in self._hosts]):
-            await done
+        tasks = [asyncio.create_task(self._up(host, window)) for host in self._hosts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # the first failure is the message; the others needn't be waited for
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _up(self, host: Host, window: int) -> None:
         if host.server is not None:
             await host.server.ready(self.config.start_timeout_s)
         else:
             await self._asking.bring_up(host)
-        await _check(host.url, window)
+        try:
+            await _check(host.url, window)
+        except ServerError as error:
+            told = f"; {host.server.tail()}" if host.server is not None else ""
+            raise ServerError(host.url, f"{error.reason}{told}", error.status) from None
         version = 0 if host.server is not None or await _untouched(host.url) else None
         await self._asking.pool.now(host, up=True, version=version)
 

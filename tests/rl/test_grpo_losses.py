@@ -19,6 +19,7 @@ from longreach.kernels import policy_loss
 from longreach.kernels.policy_loss import KINDS
 from longreach.kernels.policy_objective import COMMON_OPTIONS
 from longreach.rl.config import build
+from longreach.rl.console import Console
 from longreach.rl.grpo import GrpoTrainer, Minibatch, Sample
 from longreach.rl.grpo_config import FOREIGN_CAP, GrpoConfig
 from longreach.rl.policy import Policy
@@ -197,3 +198,51 @@ def test_a_generator_that_is_another_program_is_corrected_unless_the_recipe_says
     masked = GrpoConfig(importance_sequence_range=(0.5, 1.5)).loss_options(foreign=True)
     assert masked == {**GrpoConfig(importance_sequence_range=(0.5, 1.5)).loss_options()}
     assert "importance_cap" not in masked
+
+
+class Listening(Console):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.heard: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_without_the_kept_mass_nothing_is_corrected_and_one_warning_says_so(
+    policy: Policy, groups: Groups, make_trainer: Make
+) -> None:
+    """A server that samples with top_p < 1 and doesn't tell what it cut off: old log-probs alone, as if no correction were set."""
+    console = Listening()
+    corrected: GrpoTrainer = make_trainer(policy, GrpoConfig(**COMMON), sampling=SAMPLING)
+    others = {name: value for name, value in COMMON.items() if not name.startswith("importance_")}
+    plain: GrpoTrainer = make_trainer(policy, GrpoConfig(**others), sampling=SAMPLING)
+    minibatch = prepared(corrected, groups)
+    known = gradient(corrected, minibatch)
+    for _, samples in minibatch:
+        for s in samples[:1]:  # one of an update is enough
+            s.rollout = replace(s.rollout, kept_logmass=())
+    corrected.console = console
+    found = gradient(corrected, minibatch)
+    corrected.console = console
+    gradient(corrected, minibatch)
+    assert torch.equal(found, gradient(plain, minibatch)) and not torch.equal(found, known)
+    assert len(console.heard) == 1
+    assert "importance_cap, importance_range, importance_sequence_range are off" in console.heard[0]
+    metrics: dict[str, Any] = {}
+    corrected.gradient(minibatch, metrics)
+    assert not any("importance_sampling" in name for name in metrics), "no ratio of two measures is reported"
+
+
+def test_without_a_correction_nothing_is_warned_of(policy: Policy, groups: Groups, make_trainer: Make) -> None:
+    console = Listening()
+    trainer: GrpoTrainer = make_trainer(policy, GrpoConfig(), sampling=SAMPLING)
+    trainer.console = console
+    minibatch = prepared(trainer, groups)
+    for _, samples in minibatch:
+        for s in samples:
+            s.rollout = replace(s.rollout, kept_logmass=())
+    gradient(trainer, minibatch)
+    assert console.heard == []
