@@ -69,6 +69,17 @@ class Generator(Protocol):
         """
         ...
 
+    def sample_most(
+        self, prompts: Sequence[Prompt], begun: Sequence[Sequence[Completion]], spare: int, group_size: int,
+        sampling: Sampling, seed: int, on_done: OnDone,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """As `sample`, without waiting for the last `spare` groups: they come as far as they are.
+
+        What of them hasn't ended has "abort" as its finish reason, and `on_done` is not told of any of it. `begun` are the
+        groups that an earlier call left so, for the first of the prompts: they are gone on with, by the weights of now.
+        """
+        ...
+
 
 class LocalGenerator:
     """The policy's own model, with `engine.generate`; prompts are shared out over the ranks."""
@@ -100,6 +111,9 @@ class LocalGenerator:
 
     def call_off(self) -> None:
         pass
+
+    def sample_most(self, *_: object) -> list[list[Completion]]:
+        raise AssertionError("the policy's own model ends with its whole batch")
 
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
