@@ -19,6 +19,7 @@ from typing import Any
 from ...engine import Completion, Sampling
 from ...engine.generate import OnDone, prompt_seeds
 from ..background import Background
+from ..generator import whole
 from ..policy import Policy
 from ..prompts import Prompt
 from ..ranks import Ranks
@@ -29,7 +30,6 @@ from .config import ServingConfig
 from .http import ServerError, get, post
 from .pool import Host, Pool
 from .server import Server
-from .stopping import whole
 
 HandOver = Callable[[Policy, Sequence[str]], None]
 """Brings the policy's weights to the servers at these addresses; all ranks call it. Raises OSError if it didn't take."""

@@ -12,11 +12,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...engine import Completion, Sampling
+from ..generator import UNFINISHED
 
 PATH = "/inference/v1/generate"
-
-UNFINISHED = "abort"
-"""The finish reason of a completion that was stopped."""
 
 _NO_LOGPROB = -9999.0
 """What vLLM sends where it has none."""

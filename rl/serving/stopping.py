@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine import Completion
+from ..generator import UNFINISHED
 from .http import ServerError, post
-from .replies import PATH, UNFINISHED
+from .replies import PATH
 
 ABORT = "/inference/v1/abort_requests"
 STOP_S = 60.0
@@ -40,10 +41,6 @@ class Part:
     seed: int = 0
 
 
-def whole(group: Sequence[Completion]) -> bool:
-    return all(one.finish_reason != UNFINISHED for one in group)
-
-
 def nothing(size: int) -> list[Completion]:
     """A group of which no token was sampled."""
     return [Completion((), (), (), UNFINISHED)] * size
@@ -55,9 +52,7 @@ def parts(begun: Sequence[Completion], size: int) -> list[Part]:
     Seeds differ, and aren't those that the tokens so far were drawn with: `begun` is of another call, with seeds of its own.
     """
     empty = tuple(i for i in range(size) if not begun or (begun[i].finish_reason == UNFINISHED and not begun[i].ids))
-    rest = [
-        Part((i,), one.ids, size + i) for i, one in enumerate(begun) if one.finish_reason == UNFINISHED and one.ids
-    ]
+    rest = [Part((i,), one.ids, size + i) for i, one in enumerate(begun) if one.finish_reason == UNFINISHED and one.ids]
     return [*([Part(empty)] if empty else []), *rest]
 
 
@@ -76,9 +71,7 @@ async def stoppable(url: str, body: dict[str, Any], stop: asyncio.Event, *, dead
         ServerError: as `post`; or it was to stop and didn't.
     """
     key = uuid.uuid4().hex
-    asked = asyncio.create_task(
-        post(url, PATH, {**body, "request_id": key}, deadline=deadline, largest=largest)
-    )
+    asked = asyncio.create_task(post(url, PATH, {**body, "request_id": key}, deadline=deadline, largest=largest))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([asked, stopped], return_when=asyncio.FIRST_COMPLETED)
