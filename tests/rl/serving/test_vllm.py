@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from longreach.engine import Completion, Group, Sampling
+from longreach.rl.generator import UNFINISHED
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.rollouts import roll_out
@@ -147,6 +148,35 @@ def test_rollouts_are_scored_through_it(served: VllmGenerator, make_prompts: Mak
     assert [[r.reward for r in group.rollouts] for group in groups] == [[0.0, 1.0, 2.0]] * 3
     assert sum(told) == 9
     assert all(r.completion_ids and len(r.logprobs) == len(r.completion_ids) for g in groups for r in g.rollouts)
+
+
+def test_a_straggler_is_stopped_and_gone_on_with(
+    served: VllmGenerator, make_prompts: Make, monkeypatch: pytest.MonkeyPatch, record_property: Make
+) -> None:
+    """Stopped as one request for the group, then as one for each completion; joined, it is what the policy would have sampled."""
+    monkeypatch.setattr(served.policy, "stop_ids", ())
+    short, long = make_prompts(9, 30)
+    sampling, told = Sampling(600, temperature=0.7), []
+    soon = [Completion((20 + i,) * 599, (-1.0,) * 599, (0.0,) * 599, UNFINISHED) for i in range(3)]
+
+    def most(prompts: list[Prompt], begun: list[list[Completion]], spare: int) -> list[list[Completion]]:
+        return served.sample_most(prompts, begun, spare, 3, sampling, 0, lambda p, i, _: told.append((p, i)))
+
+    quick, begun = most([short, long], [soon], 1)
+    assert [c.ids[:599] for c in quick] == [c.ids for c in soon] and {len(c.ids) for c in quick} == {600}
+    assert {c.finish_reason for c in begun} == {UNFINISHED} and sorted(told) == [(0, 0), (0, 1), (0, 2)]
+    further, _ = most([long, short], [begun, soon], 1)
+    [made] = most([long], [further], 0)
+    sizes = [[len(c.ids) for c in group] for group in (begun, further, made)]
+    record_property("table", f"three completions stopped twice, after so many tokens: {sizes}")
+    assert all(0 < a < b < c == 600 for a, b, c in zip(*sizes, strict=True)), sizes
+    for a, b, c in zip(begun, further, made, strict=True):
+        assert c.ids[: len(b.ids)] == b.ids and b.ids[: len(a.ids)] == a.ids
+        assert c.logprobs[: len(b.ids)] == b.logprobs and b.logprobs[: len(a.ids)] == a.logprobs
+    error = (flat([made]) - ours(served.policy, [long], [made], 0.7)).abs().max().item()
+    record_property("table", f"log-probs of the joined completions, against the policy's own: {error:.1e}")
+    assert error < ROUNDING
+    assert len({c.ids for c in made}) == 3 and all(c.finish_reason == "length" for c in made)
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_is_started_again_and_nothing_is_lost(
