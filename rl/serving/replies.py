@@ -29,7 +29,7 @@ class BadReply(ValueError):
 
 
 def order(
-    ids: Sequence[int], group_size: int, sampling: Sampling, stop_ids: Collection[int], seed: int
+    ids: Sequence[int], group_size: int, sampling: Sampling, stop_ids: Collection[int], seed: int | None
 ) -> dict[str, Any]:
     """The request's body. Every parameter is named, so that no server's default has a say.
 
