@@ -136,11 +136,7 @@ def roll_out(
                 on_done(1)
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
-    watch.timed("rules", scoring.rule_spans)
-    watch.timed("judge", scoring.judge_spans)
-    if reward.judge is not None:
-        watch.add("reward/judge_wait", scoring.waited)
-        watch.add("reward/judge_time", scoring.judge_seconds)
+    _note_times(watch, scoring, judged=reward.judge is not None)
     lines = [
         _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + i // group_size)
         for i, one in enumerate(flat)
@@ -152,6 +148,15 @@ def roll_out(
     if failing is not None:
         raise Unjudged(str(failing), groups) from failing
     return groups
+
+
+def _note_times(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> None:
+    """When rules and judge were at work, and how long the judge was waited for."""
+    watch.timed("rules", scoring.rule_spans)
+    watch.timed("judge", scoring.judge_spans)
+    if judged:
+        watch.add("reward/judge_wait", scoring.waited)
+        watch.add("reward/judge_time", scoring.judge_seconds)
 
 
 def _score(
