@@ -146,7 +146,7 @@ def roll_out(
                 on_done(1)
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
-    _account(watch, scoring, judged=reward.judge is not None)
+    _note_times(watch, scoring, judged=reward.judge is not None)
     lines = [
         _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + i // group_size)
         for i, one in enumerate(flat)
@@ -160,7 +160,7 @@ def roll_out(
     return groups
 
 
-def _account(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> None:
+def _note_times(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> None:
     """When rules and judge were at work, and how long the judge was waited for."""
     watch.timed("rules", scoring.rule_spans)
     watch.timed("judge", scoring.judge_spans)
