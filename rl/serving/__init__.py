@@ -1,0 +1,1 @@
+"""Generation by servers of their own: started, watched, asked over HTTP. Nothing here imports vLLM."""
