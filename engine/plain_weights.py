@@ -71,7 +71,7 @@ class PlainWeights:
     def pairs(self, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every entry, on the model's device (on the CPU where weights are renamed)."""
         for name, tensor in self._whole(keep):
-            yield name, tensor.detach().to(self._cast(tensor.dtype)).contiguous()
+            yield name, tensor.detach().to(self._cast(tensor.dtype)).contiguous() if keep else tensor
 
     def _whole(self, keep: bool) -> Iterator[tuple[str, Tensor]]:
         if self._renamed:
