@@ -44,7 +44,10 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `ids` ends with the stop token when `finish_reason` is "stop"; "length" was cut off."""
+    """One sampled answer. `ids` ends with the stop token when `finish_reason` is "stop"; "length" was cut off.
+
+    `kept_logmass` is empty where the generator doesn't know it: then nobody knows the full vocabulary's log-probs.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -113,7 +116,7 @@ def generate(
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, not {group_size}")
     groups = [Group(prompt, ()) for prompt in prompts]
-    seeds = torch.randint(2**63 - 1, (len(groups),), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = prompt_seeds(seed, len(groups))
     mine = list(range(len(groups))) if share is None else list(share)
     results: dict[int, list[Completion]] = {}
     with evaluating(model):
@@ -129,6 +132,11 @@ def generate(
             )
             results.update(zip(batch, made, strict=True))
     return [results[i] for i in mine]
+
+
+def prompt_seeds(seed: int, count: int) -> list[int]:
+    """Each prompt's own seed, by its place in the list."""
+    return torch.randint(2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @contextmanager

@@ -31,8 +31,11 @@ from .ranks import Ranks
 from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
 from .rewards import make_reward
+from .serving.session import generating
 from .sources import check_window, read_eval, read_prompts
 from .train import Stopped, train
+
+_SHORT = {"generator": "generator.kind"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """[--a.b value, --c.d=value] -> [(a.b, value), (c.d, value)]."""
+    """[--a.b value, --c.d=value] -> [(a.b, value), (c.d, value)]. A section's short name stands for its kind."""
     pairs: list[tuple[str, str]] = []
     items = iter(rest)
     for item in items:
@@ -133,7 +136,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
             if following is None or following.startswith("--"):
                 raise ValueError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE for one that begins with --")
             value = following
-        pairs.append((key, value))
+        pairs.append((_SHORT.get(key, key), value))
     return pairs
 
 
@@ -181,7 +184,11 @@ def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: 
     prompts = read_eval(recipe, _tokenizer(recipe), None, console)
     ranks = Ranks(job, job.connect(recipe.parallel, pick_device(recipe.model.device)))
     policy = Policy(recipe.model, recipe.generator, ranks=ranks)
-    with console.progress("evaluating", len(prompts)) as advance:
+    longest = max(map(len, (prompt.ids for prompt in prompts)))
+    with (
+        generating(policy, recipe, recipe.served_window(longest), home=None, say=console.say),
+        console.progress("evaluating", len(prompts)) as advance,
+    ):
         summary, _ = evaluate(
             policy, make_reward(recipe.reward, ranks=ranks), prompts, recipe.eval, bounds=recipe.buckets(),
             seed=recipe.run.seed, name="eval", on_batch=advance,

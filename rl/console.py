@@ -38,6 +38,7 @@ class Console:
         self._warns = warns
         self._rich = RichConsole(highlight=False, soft_wrap=True, emoji=False)
         self._quiet = quiet
+        self._warned: set[str] = set()
 
     def say(self, text: str) -> None:
         if not self._quiet:
@@ -46,6 +47,12 @@ class Console:
     def warn(self, text: str) -> None:
         if self._warns:
             self._rich.print(f"warning: {text}", markup=False, style="yellow")
+
+    def warn_once(self, text: str) -> None:
+        """What every step would warn of again."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def metrics(self, stage: str, step: int, steps: int, values: Mapping[str, float]) -> None:
         """One line: the numbers one watches; all of them are in metrics.jsonl."""

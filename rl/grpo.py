@@ -9,8 +9,9 @@ the normalizer and never computed; the entropy rules can make it so (`entropy.py
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ class GrpoTrainer:
             metrics = {**masked, **self.update_all(minibatches, learning_rate)}
         watch.seconds["timing_s/step"] = time.perf_counter() - start
         costs = cost(groups, watch, self.policy.model.device)
-        return {**rollout_metrics(groups), **self.reward.metrics(), **metrics, **costs}, groups
+        asked = {**self.policy.generation_metrics(), **self.reward.metrics()}
+        return {**rollout_metrics(groups), **asked, **metrics, **costs}, groups
 
     def collect(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = ()) -> list[RolloutGroup]:
         """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ.
@@ -252,20 +254,34 @@ class GrpoTrainer:
         """Accumulates the gradient of one update over this data rank's micro-batches; gives their loss, adds to the metrics."""
         config, total = self.config, 0.0
         normalizer, rows = self.normalizer(minibatch), self.rows(self.computed(minibatch))
+        options, known = config.loss_options(), rollout_known(minibatch)
+        if not known:
+            options = self.uncorrected(options)
         for turn in self.policy.ranks.rows([tokens for _, _, tokens in rows]):
             if turn is None:
                 self.policy.idle()
                 continue
             row, samples, _ = rows[turn]
-            inputs = _loss_inputs(samples, self.policy.model.device)
+            inputs = _loss_inputs(samples, self.policy.model.device, known)
             result = self.policy.loss(
                 row, self.sampling.temperature, **inputs, kind=config.kind, normalizer=normalizer,
-                budget=self.budget, entropy_weight=self.entropy.weight, **config.loss_options(),
+                budget=self.budget, entropy_weight=self.entropy.weight, **options,
             )  # fmt: skip
             result.loss.backward()
             total += result.loss.item()
             add_means(totals, result.metrics)
         return total
+
+    def uncorrected(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The loss's options where the generator's log-probs are of another measure than the trainer's: none that compares them."""
+        left = {name: value for name, value in options.items() if not name.startswith("importance_")}
+        if len(left) < len(options):
+            self.console.warn_once(
+                "the generator doesn't say how much top_p and top_k cut off, so its log-probs can't be compared with the trainer's: "
+                f"{', '.join(sorted(options.keys() - left.keys()))} are off, and training runs on old log-probs (top_p = 1 and "
+                "top_k = 0 would bring them back)"
+            )
+        return left
 
     @property
     def budget(self) -> int | None:
@@ -293,7 +309,12 @@ class GrpoTrainer:
         return float(max(1, counted[self.config.loss.normalizer]))
 
 
-def _loss_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tensor | None]:
+def rollout_known(minibatch: Minibatch) -> bool:
+    """Whether the generator's log-probs can be brought to the full vocabulary, in all of an update."""
+    return all(s.rollout.kept_logmass for _, samples in minibatch for s in samples)
+
+
+def _loss_inputs(samples: list[Sample], device: torch.device, rollout: bool) -> dict[str, Tensor | None]:
     """What the loss of a micro-batch takes beside the current log-probs, [N] each; it rounds to its own precision."""
     lengths = torch.tensor([len(s.ids) for s in samples], device=device)
     advantages = torch.tensor([s.advantage for s in samples], device=device, dtype=torch.float64)
@@ -301,13 +322,18 @@ def _loss_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tenso
     old = [s.old_logp for s in samples if s.old_logp is not None]
     ref = [s.ref_logp for s in samples if s.ref_logp is not None]
     kept = [s.kept for s in samples if s.kept is not None]
-    sampled = [x + y for s in samples for x, y in zip(s.rollout.logprobs, s.rollout.kept_logmass, strict=True)]
     return {
         "old_logp": torch.cat(old) if old else None,
         "advantages": torch.where(torch.cat(kept), advantages, 0.0) if kept else advantages,
-        "rollout_logp": torch.tensor(sampled, device=device, dtype=torch.float64),
+        "rollout_logp": _sampled(samples, device) if rollout else None,
         "ref_logp": torch.cat(ref) if ref else None,
     }
+
+
+def _sampled(samples: list[Sample], device: torch.device) -> Tensor:
+    """The generator's log-probs over the full vocabulary [N]."""
+    pairs = (zip(s.rollout.logprobs, s.rollout.kept_logmass, strict=True) for s in samples)
+    return torch.tensor([x + y for each in pairs for x, y in each], device=device, dtype=torch.float64)
 
 
 def _differing(groups: Sequence[RolloutGroup]) -> list[int]:

@@ -1,11 +1,10 @@
 """The model being trained, with what turns text into completions: tokenizer, precision, stop tokens, generator.
 
-Another generator (a serving engine) replaces `sample` and nothing else.
+It generates itself unless `served` is somebody else (`generator.py`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,7 +20,6 @@ from ..engine import (
     Sampling,
     completion_logprobs,
     completion_policy_loss,
-    generate,
     load_model,
     load_tokenizer,
 )
@@ -31,6 +29,7 @@ from ..engine.optimizer import apply_update
 from ..engine.sharding import place
 from ..kernels import LogProbs, PolicyLoss
 from .config import nearest
+from .generator import Generator, LocalGenerator
 from .prompts import Prompt
 from .ranks import Ranks
 
@@ -55,6 +54,8 @@ class Policy:
 
     On many ranks all of them make the same calls: `logprobs` and `loss` with the groups of their own data rank (or `idle`,
     while others have some), everything else with the same arguments.
+
+    `version` counts how often the weights changed since they were those of `config.path`.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Policy:
         sharded = mesh is not None and mesh.config.shard  # its whole weights need not fit on a device
         self.config = config
         self.generator = generator
+        self.served: Generator | None = None
+        self.version = 0 if path is None else 1
         self.tokenizer = load_tokenizer(model_source(config), trust_remote_code=config.trust_remote_code)
         self.model: PreTrainedModel = load_model(
             source,
@@ -129,6 +132,7 @@ class Policy:
     def update(self, optimizer: torch.optim.Optimizer, learning_rate: float, grad_clip: float) -> float:
         """One update from the gradients of all ranks; as `apply_update`."""
         self.weights.sum_gradients()
+        self.version += 1
         return apply_update(optimizer, self.model, learning_rate, grad_clip)
 
     def sample(
@@ -141,27 +145,13 @@ class Policy:
     ) -> list[list[Completion]]:
         """G completions of each prompt; the same call on the same weights gives the same completions.
 
-        `on_done` is handed each of this rank's as it ends (a generator that can't tell may leave it: what is returned
-        counts).
+        `on_done` is as `Generator.sample` has it.
         """
-        ids = [torch.tensor(prompt.ids) for prompt in prompts]
-        shares = self.ranks.share([len(prompt) + group_size * sampling.max_completion for prompt in ids])
-        with self.precision():
-            mine = self.weights.run_gathered(
-                lambda: generate(
-                    self.model,
-                    ids,
-                    group_size,
-                    sampling,
-                    stop_ids=self.stop_ids,
-                    seed=seed,
-                    batch_tokens=self.generator.batch_tokens,
-                    on_done=on_done,
-                    share=shares[self.ranks.rank],
-                )
-            )
-        made = dict(zip(itertools.chain(*shares), itertools.chain(*self.ranks.every(mine)), strict=True))
-        return [made[i] for i in range(len(ids))]
+        return (self.served or LocalGenerator(self)).sample(prompts, group_size, sampling, seed, on_done)
+
+    def generation_metrics(self) -> dict[str, float]:
+        """What the generator counted since the last time."""
+        return {} if self.served is None else self.served.metrics()
 
     def text(self, completion: Completion) -> str:
         """The completion as text, its stop token left out."""

@@ -6,6 +6,7 @@ refused here, before a model or a document is read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tomllib
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engine.generate import GeneratorConfig
 from ..engine.mesh import ParallelConfig
 from ..engine.model import ModelConfig
 from ..engine.optimizer import OptimizerConfig
@@ -26,6 +26,7 @@ from .grpo import GrpoConfig
 from .retrospective import RetrospectiveConfig
 from .rewards import RewardConfig
 from .run import RunConfig
+from .serving.config import ServingConfig
 from .sft import SftConfig
 from .synthetic import Synthetic
 
@@ -46,7 +47,7 @@ class Recipe:
     retrospective: RetrospectiveConfig | None = None
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    generator: ServingConfig = field(default_factory=ServingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -94,7 +95,7 @@ class Recipe:
 
     def _check_cache(self, what: str, prompt: int, samples: int, max_completion: int) -> None:
         need = prompt + samples * max_completion
-        if self.generator.batch_tokens < need:
+        if self.generator.kind == "local" and self.generator.batch_tokens < need:
             raise ValueError(
                 f"generator.batch_tokens = {self.generator.batch_tokens} can't hold one group of {what} "
                 f"({prompt} + {samples} x {max_completion} = {need} tokens): raise it to {need} at least"
@@ -107,6 +108,13 @@ class Recipe:
     def window(self) -> int:
         """Tokens that the model's positions must cover in training: the longest prompt with its completion."""
         return max(self.sft.upper if self.sft else 0, *(p.upper + p.max_completion for p in self.phases), 0)
+
+    def served_window(self, evaluated: int = 0) -> int:
+        """Tokens of the longest sequence that is generated; `evaluated` are the longest question's of the evaluation."""
+        each = [phase.upper + phase.max_completion for phase in self.phases]
+        if self.retrospective and self.retrospective.source == "fresh":
+            each += [a.upper + b.max_completion for a, b in itertools.pairwise(self.phases)]
+        return max(0, *each, evaluated + self.eval.max_completion if evaluated else 0)
 
     def check_eval_cache(self, longest: int) -> None:
         """Raises ValueError if the generator can't hold a question of `longest` tokens with its completions."""

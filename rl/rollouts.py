@@ -20,7 +20,8 @@ from .scoring import Ended, Scoring
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion. `logprobs` are of the distribution sampled from; adding `kept_logmass` gives full-vocabulary ones.
+    """One completion. `logprobs` are of the distribution sampled from; adding `kept_logmass` gives full-vocabulary ones
+    (empty: the generator doesn't know it).
 
     `group` counts the groups of a step. `rule_reason` is the rule's own code (`rules.REASONS`) and `extracted` the answer it read,
     also where a judge overruled it and `reason` says so. `reward` None: no verdict. `advantage` None: not trained on (no verdict, or its group was left out as `used` says).

@@ -223,17 +223,21 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
         return None
 
 
+_LAYOUT = ("[parallel]", "[generator]", "[generator.environment]")
+"""Sections of a recipe that a run may be resumed without, or with others."""
+
+
 def _difference(kept: str, text: str) -> str | None:
-    """The first difference of two recipes; how a run is shared out over ranks ([parallel]) is none."""
-    old, new = (set(_without_parallel(recipe)) for recipe in (kept, text))
+    """The first difference of two recipes; how a run is shared out over ranks and servers is none."""
+    old, new = (set(_without_layout(recipe)) for recipe in (kept, text))
     there, here = sorted(old - new), sorted(new - old)
     return f"there: {there[0] if there else '-'}; here: {here[0] if here else '-'}" if there or here else None
 
 
-def _without_parallel(recipe: str) -> Iterator[str]:
+def _without_layout(recipe: str) -> Iterator[str]:
     inside = False
     for line in recipe.splitlines():
-        inside = line == "[parallel]" or (inside and not line.startswith("["))
+        inside = line in _LAYOUT or (inside and not line.startswith("["))
         if line and not inside:
             yield line
 

@@ -112,6 +112,7 @@ def load_adapters(policy: Policy, folder: Path) -> None:
     for name, tensor in saved.items():
         with torch.no_grad():
             parameters[name].copy_(shard_like(tensor, parameters[name]))
+    policy.version += 1
 
 
 def newest(root: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:

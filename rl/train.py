@@ -35,6 +35,7 @@ from .rollouts import RolloutGroup, Unjudged, regroup
 from .run import RunFolder, read_lines
 from .sampler import PromptSampler
 from .seeds import derive, seed_everything
+from .serving.session import generating
 from .sft import sft_batch, sft_examples, sft_step, sft_steps
 from .sources import check_window, fingerprint, read_prompts
 
@@ -141,7 +142,12 @@ class Run:
 
     def go(self) -> Path:
         stages = stages_of(self.recipe)
-        with self._catching_ctrl_c():
+        longest = max((len(prompt.ids) for prompt in self.context.prompts.eval), default=0)
+        window, home = self.recipe.served_window(longest), self.folder.root / "servers"
+        with (
+            self._catching_ctrl_c(),
+            generating(self.context.policy, self.recipe, window, home=home, say=self.console.say),
+        ):
             while self.progress.stage < len(stages):
                 stage = stages[self.progress.stage]
                 {"sft": self._sft, "phase": self._phase, "eval": self._eval, "pool": self._pool}[stage.kind](stage)

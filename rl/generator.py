@@ -1,0 +1,100 @@
+"""Who turns prompts into completions: the policy's own model here, or servers (`serving/client.py`).
+
+Whoever it is, the same call on the same weights gives completions of the same distribution, as token ids with their log-probs,
+on all ranks the same; `rollouts.roll_out` knows no difference. Only the local one repeats them token by token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..engine import Completion, Sampling, generate
+from ..engine.generate import OnDone
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+
+class Generator(Protocol):
+    """Of one policy. All ranks make the same calls; between `start` and `close` it can be asked."""
+
+    def start(self, window: int) -> None:
+        """Ready to be asked when it returns, for prompts with completions of at most `window` tokens together."""
+        ...
+
+    def close(self) -> None:
+        """Ends what `start` began; a second time does nothing."""
+        ...
+
+    def health(self) -> dict[str, str]:
+        """What is wrong, by who: empty when all is well."""
+        ...
+
+    @property
+    def versions(self) -> Mapping[str, int | None]:
+        """`Policy.version` of the weights that each one generates with; None: not known."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since this was last asked, for the step's metrics."""
+        ...
+
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
+    ) -> list[list[Completion]]:
+        """G completions of each prompt.
+
+        `on_done` is handed each of this rank's as it ends (a generator that can't tell may leave it: what is returned
+        counts).
+        """
+        ...
+
+
+class LocalGenerator:
+    """The policy's own model, with `engine.generate`; prompts are shared out over the ranks."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def start(self, window: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def health(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def versions(self) -> Mapping[str, int | None]:
+        return {"here": self._policy.version}
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
+    ) -> list[list[Completion]]:
+        policy, ids = self._policy, [torch.tensor(prompt.ids) for prompt in prompts]
+        shares = policy.ranks.share([len(prompt) + group_size * sampling.max_completion for prompt in ids])
+        with policy.precision():
+            mine = policy.weights.run_gathered(
+                lambda: generate(
+                    policy.model,
+                    ids,
+                    group_size,
+                    sampling,
+                    stop_ids=policy.stop_ids,
+                    seed=seed,
+                    batch_tokens=policy.generator.batch_tokens,
+                    on_done=on_done,
+                    share=shares[policy.ranks.rank],
+                )
+            )
+        made = dict(zip(itertools.chain(*shares), itertools.chain(*policy.ranks.every(mine)), strict=True))
+        return [made[i] for i in range(len(ids))]

@@ -1,0 +1,247 @@
+"""The policy's completions from vLLM's servers: the `Generator` of `[generator] kind = "vllm"`.
+
+Rank 0 has the servers and asks them, so that one place knows what is under way; what comes back goes to all ranks group by group,
+and each hands in its share for scoring while others are generated. Before it is asked, a server has the policy's weights: where
+they are not those it began with, `hand_over` brings them, and without one the run stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...engine import Completion, Sampling
+from ...engine.generate import OnDone, prompt_seeds
+from ..background import Background
+from ..policy import Policy
+from ..prompts import Prompt
+from . import replies
+from .asking import Asking, Batch, Job, well
+from .command import server_command, server_settings
+from .config import ServingConfig
+from .http import ServerError, get, post
+from .pool import Host, Pool
+from .server import Server
+
+HandOver = Callable[[Policy, Sequence[str]], None]
+"""Brings the policy's weights to the servers at these addresses; all ranks call it. Raises OSError if it didn't take."""
+
+Message = tuple[list[tuple[int, list[Completion]]], list[str]]
+"""To all ranks: finished groups, and servers that need the policy's weights."""
+
+_BEAT_S = 10.0
+"""Ranks that wait for completions hear from rank 0 at least so often: no collective lasts as long as a generation."""
+
+_ASK_S = 60.0
+
+
+class VllmGenerator:
+    """See `Generator`. `home` gets the logs of servers that are started; `say` is told what takes long."""
+
+    def __init__(
+        self, policy: Policy, config: ServingConfig, home: Path, *, hand_over: HandOver | None = None,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self.policy, self.config, self.hand_over = policy, config, hand_over
+        self._home, self._say, self._ranks = home, say, policy.ranks
+        self._hosts: list[Host] = []
+        self._background: Background | None = None
+
+    @property
+    def servers(self) -> list[str]:
+        """Their addresses, on rank 0."""
+        return [host.url for host in self._hosts]
+
+    @property
+    def versions(self) -> Mapping[str, int | None]:
+        """See `Generator`; on rank 0."""
+        return {host.url: host.version for host in self._hosts}
+
+    def start(self, window: int) -> None:
+        """See `Generator`.
+
+        Raises:
+            ValueError: what the recipe asks for can't be started, or a server can't do what we need.
+            ServerError: a server doesn't come up.
+        """
+        self._ranks.together(lambda: self._start(window), lambda: None)
+
+    def close(self) -> None:
+        """See `Generator`. Ends what was started here, and nothing else."""
+        if self._background is not None:
+            self._background.__exit__(None, None, None)
+            self._background = None
+        ours = [host.server for host in self._hosts if host.server is not None]
+        for server in ours:
+            server.leave()
+        for server in ours:
+            server.stop()
+        self._hosts = []
+
+    def health(self) -> dict[str, str]:
+        """See `Generator`; on rank 0."""
+        return {} if self._background is None else self._background.submit(self._health()).result()
+
+    def metrics(self) -> dict[str, float]:
+        """See `Generator`. The same on all ranks."""
+        taken = self._ranks.first(lambda: dict(self._asking.counts))
+        if self._ranks.main:
+            self._asking.counts.clear()
+        return {f"rollout/{name}": float(taken.get(f"rollout/{name}", 0)) for name in _COUNTED}
+
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
+    ) -> list[list[Completion]]:
+        """See `Generator`. Raises ServerError, on all ranks, when a group can't be had."""
+        ranks, made = self._ranks, dict[int, list[Completion]]()
+        stream = self._stream(prompts, group_size, sampling, seed) if ranks.main else iter(())
+        while len(made) < len(prompts):
+            finished, behind = ranks.together(lambda: next(stream), lambda: None)
+            for place, group in finished:
+                made[place] = group
+                for index, completion in enumerate(group) if place % ranks.size == ranks.rank else ():
+                    on_done(place, index, completion)
+            if behind:
+                self._bring_in_step(behind)
+        return [made[place] for place in range(len(prompts))]
+
+    def _start(self, window: int) -> None:
+        assert not self._hosts, "it is started once"
+        config = self.config
+        if config.max_model_len and config.max_model_len < window:
+            raise ValueError(
+                f"generator.max_model_len = {config.max_model_len} can't hold the recipe's longest prompt with its completion "
+                f"({window} tokens): raise it, or set 0"
+            )
+        self._hosts = [Host(url.rstrip("/")) for url in config.urls] or [
+            Host(server.url, server) for server in self._servers(window)
+        ]
+        self._background = Background("generation").__enter__()
+        self._asking = Asking(Pool(self._hosts, config.concurrency), config)
+        began = time.monotonic()
+        for host in self._hosts:
+            if host.server is not None:
+                host.server.start()
+                self._say(f"starting vLLM at {host.url} (log: {host.server.log})")
+        self._background.submit(self._all_up(window)).result()
+        self._say(f"{len(self._hosts)} vLLM server(s) ready after {time.monotonic() - began:.0f} s")
+
+    def _servers(self, window: int) -> list[Server]:
+        config, python = self.config, self.config.interpreter()
+        command = server_command(self.policy, config, window)
+        return [
+            Server(
+                python, command, log=self._home / f"vllm-{index}.log", port=config.port and config.port + index,
+                settings=server_settings(config, index),
+            )
+            for index in range(config.servers)
+        ]  # fmt: skip
+
+    async def _all_up(self, window: int) -> None:
+        for done in asyncio.as_completed([self._up(host, window) for host in self._hosts]):
+            await done
+
+    async def _up(self, host: Host, window: int) -> None:
+        if host.server is not None:
+            await host.server.ready(self.config.start_timeout_s)
+        else:
+            await self._asking.bring_up(host)
+        await _check(host.url, window)
+        version = 0 if host.server is not None or await _untouched(host.url) else None
+        await self._asking.pool.now(host, up=True, version=version)
+
+    async def _health(self) -> dict[str, str]:
+        each = await asyncio.gather(*(well(host) for host in self._hosts))
+        return {host.url: "not healthy" for host, fine in zip(self._hosts, each, strict=True) if not fine}
+
+    def _stream(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int) -> Iterator[Message]:
+        """What rank 0 tells all of them, at least every few seconds until all groups are there."""
+        assert self._background is not None, "it was started"
+        seeds = prompt_seeds(seed, len(prompts))
+        jobs = [Job(i, p.example.id, p.ids, s >> 1) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
+        vocabulary = self.policy.model.config.get_text_config().vocab_size
+        batch = Batch(group_size, sampling, self.policy.stop_ids, vocabulary)
+        version = self.policy.version
+        yield [], [host.url for host in self._background.submit(self._asking.pool.behind(version)).result()]
+        under_way = self._background.submit(self._asking.groups(jobs, batch))
+        try:
+            while True:
+                yield self._next(batch)
+        finally:
+            under_way.cancel()
+
+    def _next(self, batch: Batch) -> Message:
+        finished: list[tuple[int, list[Completion]]] = []
+        behind: list[str] = []
+        wait = _BEAT_S
+        while True:
+            try:
+                event = self._asking.events.get(timeout=wait)
+            except queue.Empty:
+                return finished, behind
+            wait = 1e-3  # what else is there goes along
+            if isinstance(event, ServerError):
+                raise event
+            if isinstance(event, Host):
+                behind += [event.url] if event.version != self.policy.version else []
+            elif event.batch is batch:  # not of a call that was given up
+                finished.append((event.place, event.completions))
+
+    def _bring_in_step(self, behind: Sequence[str]) -> None:
+        """All ranks: the policy's weights go to the servers that lack them."""
+        if self.hand_over is None:
+            raise ValueError(
+                f"the servers {', '.join(behind)} have other weights than the policy, and nothing hands them over: "
+                "generator.kind = 'vllm' can only evaluate the model that it was started with"
+            )
+        self.hand_over(self.policy, behind)
+        if self._ranks.main:
+            assert self._background is not None
+            for host in self._hosts:
+                if host.url in behind:
+                    self._background.submit(self._asking.pool.now(host, up=True, version=self.policy.version)).result()
+
+
+_COUNTED = ("failed_requests", "requeued", "restarts")
+
+
+async def _check(url: str, window: int) -> None:
+    """That the server can do what will be asked of it: the length, token ids, log-probs of what was sampled.
+
+    Raises:
+        ValueError: it can't.
+    """
+    models = await get(url, "/v1/models", deadline=_ASK_S)
+    length = models["data"][0]["max_model_len"]
+    if length < window:
+        raise ValueError(
+            f"{url} serves sequences of at most {length} tokens, and the recipe's longest prompt with its completion has {window}: "
+            f"start it with --max-model-len {window}"
+        )
+    probe: dict[str, Any] = replies.order([1, 2, 3], 1, Sampling(1, top_k=1), (), 0)
+    try:
+        reply = await post(url, replies.PATH, probe, deadline=_ASK_S)
+    except ServerError as error:
+        if error.status in (403, 404):
+            raise ValueError(
+                f"{error}; token ids go in and out by this path: start vLLM 0.32 with --enable-scale-out"
+            ) from None
+        raise
+    [value] = [entry["logprob"] for entry in reply["choices"][0]["logprobs"]["content"]]
+    if value < -1e-3:  # one token was left to draw from, so its log-prob is 0
+        raise ValueError(
+            f"{url} reports log-probs of another distribution than it samples from: start it with --logprobs-mode processed_logprobs"
+        )
+
+
+async def _untouched(url: str) -> bool:
+    """Whether a server that was running has the weights it was started with, as far as it tells."""
+    try:
+        told = await get(url, "/weight_info", deadline=_ASK_S)
+    except ServerError:  # it isn't in the mode that takes weights, so nobody gave it others
+        return True
+    return told.get("weight_version") == "default"

@@ -1,0 +1,38 @@
+"""The generator that a recipe asks for, while a run needs it: servers start with the block and are gone when it ends, however it ends."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..policy import Policy
+from .client import HandOver, VllmGenerator
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+@contextmanager
+def generating(
+    policy: Policy, recipe: Recipe, window: int, *, home: Path | None, hand_over: HandOver | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> Iterator[None]:  # fmt: skip
+    """The policy generates as [generator] says, for sequences of up to `window` tokens.
+
+    `home` is where servers keep their logs; without one it is a new folder of the system's for temporary files.
+    """
+    if recipe.generator.kind == "local":
+        yield
+        return
+    if home is None and policy.ranks.main:
+        home = Path(tempfile.mkdtemp(prefix="longreach-servers-"))
+    policy.served = VllmGenerator(policy, recipe.generator, home or Path(), hand_over=hand_over, say=say)
+    try:
+        policy.served.start(window)
+        yield
+    finally:
+        policy.served.close()
+        policy.served = None
