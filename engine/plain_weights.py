@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -97,7 +98,7 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _adapted_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
     """By the name of its base weight, each layer that an adapter was put around."""
     if not getattr(model, "peft_config", None):
         return {}
@@ -106,14 +107,12 @@ def _adapted_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{name}{_BASE}": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
-def _merged(base: Tensor, name: str, layer: nn.Module, adapters: Mapping[str, Tensor]) -> Tensor:
+def _merged(base: Tensor, name: str, layer: Any, adapters: Mapping[str, Tensor]) -> Tensor:
     """The base weight with its adapters added, rounded once."""
     total = base.to(torch.promote_types(base.dtype, torch.float32))
-    scaling, active = layer.scaling, layer.active_adapters
-    assert isinstance(scaling, Mapping) and not isinstance(active, Tensor | nn.Module)
-    for adapter in active:
+    for adapter in layer.active_adapters:
         up, down = (whole(adapters[f"{name}.lora_{part}.{adapter}.weight"].detach()) for part in "BA")
-        total = total + (up @ down).to(total) * scaling[adapter]
+        total = total + (up @ down).to(total) * layer.scaling[adapter]
     return total.to(base.dtype)
 
 

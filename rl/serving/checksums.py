@@ -10,28 +10,31 @@ from .control import Control, SyncError
 
 
 class Checksums:
-    """What the servers' weights summed up to after the last push, and of what weights (`handed`, None: not known)."""
+    """What each server's weights summed up to after its last push, and of what weights (`handed`, None: not known)."""
 
     def __init__(self, control: Control) -> None:
         self.control = control
-        self._before: list[dict[str, str]] | None = None
-        self._after: list[dict[str, str]] | None = None
-        self._handed: str | None = None
+        self._before: dict[str, dict[str, str]] = {}
+        self._after: dict[str, dict[str, str]] = {}
+        self._handed: dict[str, str | None] = {}
 
-    def before(self, version: int | None, *, kept: bool = True) -> None:
-        """Before a hand-over, with the servers stopped. `kept` False: they dropped their weights since.
+    def forget(self, url: str) -> None:
+        """It started again, or dropped its weights."""
+        self._after.pop(url, None)
+        self._handed.pop(url, None)
+
+    def before(self) -> None:
+        """Before a hand-over, with the servers stopped.
 
         Raises:
-            SyncError: since the last push, of `version`, someone changed them.
+            SyncError: since the last push someone changed them.
         """
-        self._before = self.control.checksums()
-        if self._after is None or not kept:
-            return
-        for url, was, found in zip(self.control.urls, self._after, self._before, strict=True):
-            changed = _changed(was, found)
+        self._before = dict(zip(self.control.urls, self.control.checksums(), strict=True))
+        for url, found in self._before.items():
+            changed = _changed(self._after.get(url, found), found)
             if changed:
                 raise SyncError(
-                    f"{url} says that it has version {version}, but its weights have changed since: {_named(changed)}. "
+                    f"{url} still has its mark, but its weights have changed since the last push: {_named(changed)}. "
                     "Another run pushed to it, or it was reloaded by hand"
                 )
 
@@ -39,18 +42,15 @@ class Checksums:
         """After a hand-over of weights with the fingerprint `handed`.
 
         Raises:
-            SyncError: no weight changed though the policy's did, or one did though they are the same.
+            SyncError: no weight changed, though what was handed over did.
         """
-        assert self._before is not None
-        found = self.control.checksums()
-        if handed is not None and self._handed is not None:
-            for url, was, now in zip(self.control.urls, self._before, found, strict=True):
-                changed = _changed(was, now)
-                if handed != self._handed and not changed:
-                    raise SyncError(
-                        f"{url} answered that it took version {version}, and none of its {len(now)} weights changed"
-                    )
-        self._after, self._handed = found, handed
+        for url, now in zip(self.control.urls, self.control.checksums(), strict=True):
+            last = self._handed.get(url)
+            if None not in (handed, last) and handed != last and not _changed(self._before[url], now):
+                raise SyncError(
+                    f"{url} answered that it took version {version}, and none of its {len(now)} weights changed"
+                )
+            self._after[url], self._handed[url] = now, handed
 
 
 def _changed(was: dict[str, str], now: dict[str, str]) -> list[str]:

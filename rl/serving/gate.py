@@ -44,7 +44,9 @@ class Gate:
     def close(self) -> None:
         """AWAKE or ASLEEP -> OPEN: nothing is generated, and weights have their memory."""
         if self.state == OPEN:
-            raise SyncError("a hand-over failed before this one: what the servers have is not known, so they must be restarted")
+            raise SyncError(
+                "a hand-over failed before this one: what the servers have is not known, so they must be restarted"
+            )
         if not self.config.sleep:
             self.control.post("/pause", mode=self.config.pause)
         else:
@@ -74,4 +76,6 @@ class Gate:
         kept = {"reset_running_requests": "true"} if self.config.pause == "keep" else {}
         for url, answer in zip(self.control.urls, self.control.post("/reset_prefix_cache", **kept), strict=True):
             if not isinstance(answer, dict) or answer.get("success") is not True:
-                raise ServerError(url, f"its prefix cache was not reset ({answer!r}): it would go on with old keys and values")
+                raise ServerError(
+                    url, f"its prefix cache was not reset ({answer!r}): it would go on with old keys and values"
+                )

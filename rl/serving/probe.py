@@ -35,7 +35,15 @@ SHORTEST = 128
 """Tokens before the first prefix ends, at least; and two blocks of the cache at least."""
 _FLOOR = 0.002
 """Nats. With equal dtypes on both sides the noise can be next to nothing, and a multiple of that means nothing."""
-_PLAIN = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+_PLAIN = {
+    "max_tokens": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+}
 """Against a model's own generation_config, which servers read as defaults."""
 
 
@@ -126,7 +134,9 @@ class Probe:
             _difference(
                 {
                     "prompt": [abs(a - b) for a, b in zip(one.prompt, own, strict=True)],
-                    "cached": [abs(v - top[t]) for seen, top in zip(one.cached, tops, strict=True) for t, v in seen.items()],
+                    "cached": [
+                        abs(v - top[t]) for seen, top in zip(one.cached, tops, strict=True) for t, v in seen.items()
+                    ],
                 }
             )
             for one in answers

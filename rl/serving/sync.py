@@ -61,6 +61,7 @@ class WeightSync(ABC):
         self, urls: Sequence[str], model: str, owner: str, config: SyncConfig, probe_ids: Sequence[int] = ()
     ) -> None:
         self.config, self.base_model, self.owner = config, model, owner
+        self.urls = tuple(urls)
         self.control = Control(urls, config.deadline)
         self.gate = Gate(self.control, config)
         self.gauge = Gauge(config.probe_multiple, config.probe_limit)
@@ -68,8 +69,9 @@ class WeightSync(ABC):
         self.version: int | None = None
         self._probe_ids = tuple(probe_ids)
         self._probe: Probe | None = None
-        self._known: list[Facts] | None = None
+        self._known: dict[str, Facts] = {}
         self._summed = False
+        self._under_way: int | None = None
 
     @property
     def served_model(self) -> str:
@@ -77,13 +79,16 @@ class WeightSync(ABC):
         return self.base_model
 
     def facts(self) -> list[Facts]:
-        """Of each server; asked once."""
-        if self._known is None:
-            self._known = self.control.facts()
-        return self._known
+        """Of each server that is asked at present, as they were when it was first asked, or had started again."""
+        if not all(url in self._known for url in self.control.urls):
+            self._known |= dict(zip(self.control.urls, self.control.facts(), strict=True))
+        return [self._known[url] for url in self.control.urls]
 
-    def push(self, policy: Policy, version: int) -> SyncReport:
-        """Brings the policy's weights to every server as `version`; all ranks call it.
+    def push(self, policy: Policy, version: int, urls: Sequence[str] | None = None) -> SyncReport:
+        """Brings the policy's weights to the servers as `version`; all ranks call it.
+
+        Args:
+            urls: those that lack it (None: all), such as one that started again. New ones belong to them from then on.
 
         Raises:
             SyncError, ServerError: the push did not take, or can't be shown to have; what the servers have is in the message.
@@ -91,18 +96,21 @@ class WeightSync(ABC):
         """
         assert version >= 0
         started, ranks = time.perf_counter(), policy.ranks
+        self.urls = tuple(dict.fromkeys([*self.urls, *(urls or ())]))
+        self.control.urls = self.urls if urls is None or self.config.sleep else tuple(urls)
         self._lead(ranks, lambda: self._begin(policy))
         size = self._prepare(policy, version)
+        self._under_way = version
         self._lead(ranks, lambda: self._stop(version))
         try:
             size += self._transfer(policy, version)
             self._lead(ranks, lambda: self._go_on(version))
         except OSError as error:
             raise SyncError(
-                f"version {version} did not arrive by {self.how}: {error}. {self._left_behind()} The servers are left paused"
+                f"version {version} did not arrive by {self.how}: {error}. {self._left_behind()}"
             ) from error
         differences = self._compare(policy, version)
-        self.version = version
+        self.version, self._under_way = version, None
         self._lead(ranks, self.check)
         return SyncReport(version, time.perf_counter() - started, size, self.how, differences, self.gauge.resolution())
 
@@ -112,9 +120,16 @@ class WeightSync(ABC):
         Raises:
             StaleServer: one started again. SyncError: it has another run's, or none that arrived.
         """
+        if self._under_way is not None:
+            raise SyncError(
+                f"version {self._under_way} was pushed and did not take: nothing can be sampled before one does"
+            )
         if self.version is None:
-            raise SyncError("nothing was pushed yet: a server that starts from a file may not have the policy's weights")
+            raise SyncError(
+                "nothing was pushed yet: a server that starts from a file may not have the policy's weights"
+            )
         self.gate.check()
+        self.control.urls = self.urls
         due = Mark(self.owner, self.version)
         for url, text in zip(self.control.urls, self.control.marks(), strict=True):
             if text == FRESH:
@@ -146,15 +161,19 @@ class WeightSync(ABC):
 
     def _fit(self, policy: Policy, facts: Sequence[Facts]) -> None:
         """ValueError where servers weren't started for this way."""
+        if self.config.sleep and not all(fact.can_sleep for fact in facts):
+            raise ValueError("generator.sync.sleep needs servers that can: start them with --enable-sleep-mode")
 
     def _fingerprint(self) -> str | None:
         """Of what was handed over: the same for the same weights. None where nothing of the kind is known."""
         return None
 
     def _left_behind(self) -> str:
-        return "What weights the servers have now is not known."
+        return "The servers are left paused, and what weights they have now is not known."
 
     def _begin(self, policy: Policy) -> None:
+        if not self.control.urls:
+            raise ValueError("no server to push weights to: name one in generator.urls, or let one be started")
         for url, text in zip(self.control.urls, self.control.marks(), strict=True):
             mark = Mark.read(text)
             free = text == FRESH or (mark is not None and (mark.owner == self.owner or mark.word == "left"))
@@ -163,19 +182,28 @@ class WeightSync(ABC):
                     f"{url} has '{text}', and this is {self.owner}: {_whose(text, self.owner)}. If that run is over, restart "
                     "the server or set generator.sync.take_over = true"
                 )
+            if mark is None or mark.owner != self.owner:
+                self._forget(url)
         self._fit(policy, self.facts())
         size = sum(p.numel() for p in policy.model.parameters()) * self.facts()[0].dtype.itemsize
         self._summed = size <= self.config.checksum_gb * 1e9
         if self.config.probe and self._probe is None:
             self._probe = Probe.build(policy, self.facts(), self._probe_ids)
 
+    def _forget(self, url: str) -> None:
+        """Nothing that was known of a server holds: it started again, or was another run's."""
+        self._known.pop(url, None)
+        self.sums.forget(url)
+
     def _stop(self, version: int) -> None:
         if self._probe is not None and self.gate.awake and self.version is not None:
             self._probe.touch(self.control, self.served_model)
-        kept = self.gate.awake or self.config.sleep < 2
         self.gate.close()
+        if self.config.sleep == 2:  # their weights are gone by now
+            for url in self.control.urls:
+                self.sums.forget(url)
         if self._summed:
-            self.sums.before(self.version, kept=kept)
+            self.sums.before()
         self.control.set_mark(Mark(self.owner, version, "loading"))
 
     def _go_on(self, version: int) -> None:
@@ -206,4 +234,6 @@ def _whose(text: str, owner: str) -> str:
         return "someone else set that"
     if mark.owner != owner:
         return f"two runs push to one server, {owner} and {mark.owner}"
-    return "a push was cut off" if mark.word == "loading" else "this run was started twice, or is pushed from two places"
+    return (
+        "a push was cut off" if mark.word == "loading" else "this run was started twice, or is pushed from two places"
+    )

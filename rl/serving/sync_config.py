@@ -35,7 +35,7 @@ class SyncConfig:
     deadline: float = 600.0
     probe: bool = True
     probe_limit: float = 0.25
-    probe_multiple: float = 4.0
+    probe_multiple: float = 3.0
     checksum_gb: float = 2.0
     take_over: bool = False
     buffer_mb: int = 256
@@ -43,7 +43,9 @@ class SyncConfig:
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("pause", PAUSES), ("sleep", (0, 1, 2))):
             if getattr(self, name) not in known:
-                raise ValueError(f"generator.sync.{name} is {getattr(self, name)!r}: it must be one of {', '.join(map(str, known))}")
+                raise ValueError(
+                    f"generator.sync.{name} is {getattr(self, name)!r}: it must be one of {', '.join(map(str, known))}"
+                )
         if self.keep < 1:
             raise ValueError(f"generator.sync.keep is {self.keep}: the hand-over that a server reads must stay")
         for name, least in (("deadline", 0.0), ("probe_limit", 0.0), ("probe_multiple", 1.0)):
@@ -95,5 +97,7 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def _served_rank(rank: int) -> int:
     fitting = [served for served in _RANKS if served >= rank]
     if not fitting:
-        raise ValueError(f"lora.rank is {rank}, and vLLM serves adapters up to {_RANKS[-1]}: lower it, or sync merged weights")
+        raise ValueError(
+            f"lora.rank is {rank}, and vLLM serves adapters up to {_RANKS[-1]}: lower it, or sync merged weights"
+        )
     return fitting[0]

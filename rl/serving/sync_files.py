@@ -74,7 +74,7 @@ class FileSync(WeightSync):
 
     def _left_behind(self) -> str:
         return (
-            f"What weights the servers have now is not known (do they see {self.folder}? vLLM's engine ends when a reload "
+            f"The servers are left paused, and what weights they have now is not known (do they see {self.folder}? vLLM's engine ends when a reload "
             f"fails); the hand-over itself stands in {self._written}."
         )
 
@@ -109,7 +109,9 @@ def write_handover(root: Path, policy: Policy, weights: PlainWeights, version: i
 
     def lead() -> Path:
         try:
-            drop_newer(root, version)  # of a run that went on from an older checkpoint; a version is never reused otherwise
+            drop_newer(
+                root, version
+            )  # of a run that went on from an older checkpoint; a version is never reused otherwise
             return save_checkpoint(root, version, write, keep=keep)
         finally:
             _drain(pairs)

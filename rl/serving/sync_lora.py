@@ -55,9 +55,12 @@ class LoraSync(WeightSync):
         self._models(self.served_model)
 
     def _fit(self, policy: Policy, facts: Sequence[Facts]) -> None:
+        super()._fit(policy, facts)
         lora = policy.config.lora
         if lora is None:
-            raise ValueError('generator.sync.kind = "lora" hands adapters over, and the model has none: give it a [model.lora]')
+            raise ValueError(
+                'generator.sync.kind = "lora" hands adapters over, and the model has none: give it a [model.lora]'
+            )
         for url, fact in zip(self.control.urls, facts, strict=True):
             if fact.lora_rank < lora.rank:
                 raise ValueError(
@@ -92,24 +95,31 @@ class LoraSync(WeightSync):
         return f"The servers still have {self.served_model} (do they see {self.folder}?)."
 
     def _load(self, version: int) -> None:
-        name = f"{self.base_model}-v{version}-{secrets.token_hex(2)}"  # not the run's random stream
+        again = (
+            version == self.version and self.control.urls != self.urls
+        )  # to one that started again: as the others have it
+        name = self.served_model if again else f"{self.base_model}-v{version}-{secrets.token_hex(2)}"
         self._told("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._written)})
+        if again:
+            return
         self._loaded.append(name)
         while len(self._loaded) > self.config.keep:
-            self._told("/v1/unload_lora_adapter", {"lora_name": self._loaded.pop(0)})
+            self._told("/v1/unload_lora_adapter", {"lora_name": self._loaded.pop(0)}, missing=True)
 
-    def _told(self, path: str, body: dict[str, str]) -> None:
-        """These routes answer with a sentence, which is no JSON."""
+    def _told(self, path: str, body: dict[str, str], *, missing: bool = False) -> None:
+        """These routes answer with a sentence, which is no JSON. `missing`: what isn't there (any more) is no error."""
         try:
             self.control.post(path, body)
         except ServerError as error:
-            if error.status != 200:
+            if error.status != 200 and not (missing and error.status == 404):
                 raise
 
     def _models(self, name: str) -> None:
         for url, answer in zip(self.control.urls, self.control.get("/v1/models"), strict=True):
             if name not in {entry["id"] for entry in answer["data"]}:
-                raise StaleServer(f"{url} has no adapter {name}: it was started again, or someone unloaded it; push once more")
+                raise StaleServer(
+                    f"{url} has no adapter {name}: it was started again, or someone unloaded it; push once more"
+                )
 
 
 def write_adapter(root: Path, policy: Policy, version: int, keep: int) -> Path:

@@ -63,19 +63,25 @@ def _bytes(tensor: Tensor) -> Tensor:
 class TransferSync(WeightSync):
     """What the two ways share."""
 
-    _ready = False
+    _joined: frozenset[str] = frozenset()
+    """Servers that are set up for it, together."""
 
     @property
     def limit(self) -> int:
         return self.config.buffer_mb << 20
 
     def _fit(self, policy: Policy, facts: Sequence[Facts]) -> None:
+        super()._fit(policy, facts)
         for url, fact in zip(self.control.urls, facts, strict=True):
             if fact.transfer != self.how:
                 raise ValueError(
                     f"{url} was started for weight transfer by {fact.transfer or 'none'}, not {self.how}: give it "
                     f"""--weight-transfer-config '{{"backend": "{self.how}"}}'"""
                 )
+
+    def _forget(self, url: str) -> None:
+        super()._forget(url)
+        self._joined = frozenset()
 
     def _weights(self, policy: Policy) -> PlainWeights:
         return PlainWeights(policy.model, policy.ranks.first(lambda: self.facts()[0].dtype))
@@ -93,11 +99,13 @@ class NcclSync(TransferSync):
 
         def send() -> None:
             try:
-                if not self._ready:
+                if self._joined != set(self.control.urls):
                     self._join(policy.model.device)
-                    self._ready = True
+                    self._joined = frozenset(self.control.urls)
                 self.control.post("/start_weight_update")
-                told = _aside(lambda: self.control.post("/update_weights", {"update_info": update_info(weights.entries)}))
+                told = _aside(
+                    lambda: self.control.post("/update_weights", {"update_info": update_info(weights.entries)})
+                )
                 for chunk in chunks(pairs, self.limit):
                     self._broadcast(torch.cat([_bytes(tensor) for _, tensor in chunk]), told)
                 self._until(told.done, told, "the servers to load what was sent")
@@ -175,10 +183,7 @@ class IpcSync(TransferSync):
 
     def _transfer(self, policy: Policy, version: int) -> int:
         weights, ranks = self._weights(policy), policy.ranks
-        if not self._ready:
-            self._lead(ranks, lambda: self.control.post("/init_weight_transfer_engine", {"init_info": {"packed": True}}))
-            self._ready = True
-        self._lead(ranks, lambda: self.control.post("/start_weight_update"))
+        self._lead(ranks, self._begin_update)
         largest = max(entry.bytes for entry in weights.entries)
         buffer = torch.empty(self.limit + largest, dtype=torch.uint8, device=policy.model.device)
         handle = self._handle(buffer)
@@ -192,6 +197,12 @@ class IpcSync(TransferSync):
             self._lead(ranks, lambda body=body: self.control.post("/update_weights", body))
         self._lead(ranks, lambda: self.control.post("/finish_weight_update"))
         return weights.bytes
+
+    def _begin_update(self) -> None:
+        if self._joined != set(self.control.urls):
+            self.control.post("/init_weight_transfer_engine", {"init_info": {"packed": True}})
+            self._joined = frozenset(self.control.urls)
+        self.control.post("/start_weight_update")
 
     def _handle(self, buffer: Tensor) -> dict[str, Any]:
         """By the GPU's id, what rebuilds the buffer in another process on it."""
