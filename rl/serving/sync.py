@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
+
 from ..policy import Policy
 from ..ranks import Ranks
-from .checksums import Checksums
+from .checksums import Checksums, noted
 from .control import FRESH, Control, Facts, Mark, StaleServer, SyncError
 from .gate import Gate
 from .probe import Difference, Gauge, Probe
@@ -71,6 +73,7 @@ class WeightSync(ABC):
         self._probe: Probe | None = None
         self._known: dict[str, Facts] = {}
         self._summed = False
+        self._handed: dict[str, str] = {}
         self._under_way: int | None = None
 
     @property
@@ -164,9 +167,10 @@ class WeightSync(ABC):
         if self.config.sleep and not all(fact.can_sleep for fact in facts):
             raise ValueError("generator.sync.sleep needs servers that can: start them with --enable-sleep-mode")
 
-    def _fingerprint(self) -> str | None:
-        """Of what was handed over: the same for the same weights. None where nothing of the kind is known."""
-        return None
+    def _noted(self, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """What is handed over, on its way; summed up where the servers are to sum up too (rank 0 alone)."""
+        self._handed = {}
+        return noted(pairs, self._handed) if self._summed else pairs
 
     def _left_behind(self) -> str:
         return "The servers are left paused, and what weights they have now is not known."
@@ -208,7 +212,7 @@ class WeightSync(ABC):
 
     def _go_on(self, version: int) -> None:
         if self._summed:
-            self.sums.after(version, self._fingerprint())
+            self.sums.after(version, self._handed)
         self.control.set_mark(Mark(self.owner, version))
         self.gate.open()
 

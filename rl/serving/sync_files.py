@@ -10,12 +10,13 @@ from a hand-over as from any checkpoint. It costs the disk's time twice, and a s
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...engine.checkpoint import MANIFEST, drop_newer, save_checkpoint
+from torch import Tensor
+
+from ...engine.checkpoint import drop_newer, save_checkpoint
 from ...engine.plain_weights import PlainWeights
 from ...engine.tensor_file import write_tensors
 from ..policy import Policy
@@ -49,7 +50,8 @@ class FileSync(WeightSync):
         dtype = policy.ranks.first(lambda: self.facts()[0].dtype)
         weights = PlainWeights(policy.model, dtype)
         try:
-            self._written = write_handover(self.folder, policy, weights, version, self.config.keep)
+            pairs = self._noted(weights.pairs(keep=policy.ranks.main))
+            self._written = write_handover(self.folder, policy, weights, pairs, version, self.config.keep)
         except OSError as error:
             raise SyncError(self._not_written(weights.bytes, version, error)) from error
         return weights.bytes
@@ -67,10 +69,6 @@ class FileSync(WeightSync):
 
         self._lead(policy.ranks, reload)
         return 0
-
-    def _fingerprint(self) -> str | None:
-        assert self._written is not None
-        return json.loads((self._written / MANIFEST).read_text())[WEIGHTS]
 
     def _left_behind(self) -> str:
         return (
@@ -90,13 +88,17 @@ class FileSync(WeightSync):
         )
 
 
-def write_handover(root: Path, policy: Policy, weights: PlainWeights, version: int, keep: int) -> Path:
+def write_handover(
+    root: Path, policy: Policy, weights: PlainWeights, pairs: Iterator[tuple[str, Tensor]], version: int, keep: int
+) -> Path:
     """Folder `version` under `root`, complete or not there; all ranks call it. Older ones than the newest `keep` go.
+
+    Args:
+        pairs: the weights', begun on every rank.
 
     Raises:
         OSError: the disk is full or not writable; those before it stand. No rank is left waiting.
     """
-    pairs = weights.pairs(keep=policy.ranks.main)
 
     def write(folder: Path) -> None:
         entries = weights.entries
@@ -119,7 +121,7 @@ def write_handover(root: Path, policy: Policy, weights: PlainWeights, version: i
     return policy.ranks.together(lead, lambda: _drain(pairs))
 
 
-def _drain(pairs: object) -> None:
+def _drain(pairs: Iterator[tuple[str, Tensor]]) -> None:
     """Gathers to the end what other ranks wait to gather."""
-    for _ in pairs:  # type: ignore[attr-defined]
+    for _ in pairs:
         pass

@@ -78,6 +78,10 @@ class LoraSync(WeightSync):
             ) from error
         return sum(p.numel() * p.element_size() for p in trainable(policy.model).values())
 
+    def _begin(self, policy: Policy) -> None:
+        super()._begin(policy)
+        self._summed = False  # the sums are of the base's weights, which stay
+
     def _stop(self, version: int) -> None:
         if self.config.sleep:
             super()._stop(version)

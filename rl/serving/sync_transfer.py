@@ -95,7 +95,7 @@ class NcclSync(TransferSync):
 
     def _transfer(self, policy: Policy, version: int) -> int:
         weights = self._weights(policy)
-        pairs = weights.pairs(keep=policy.ranks.main)
+        pairs = self._noted(weights.pairs(keep=policy.ranks.main))
 
         def send() -> None:
             try:
@@ -188,7 +188,7 @@ class IpcSync(TransferSync):
         buffer = torch.empty(self.limit + largest, dtype=torch.uint8, device=policy.model.device)
         handle = self._handle(buffer)
         handles = {gpu: parts for one in ranks.every(handle) for gpu, parts in one.items()}
-        for chunk in chunks(weights.pairs(), self.limit):
+        for chunk in chunks(self._noted(weights.pairs()), self.limit):
             packed = torch.cat([_bytes(tensor) for _, tensor in chunk])
             buffer[: packed.numel()].copy_(packed)
             self._settle()

@@ -101,8 +101,12 @@ def test_a_server_that_did_not_do_it_is_named_and_stays_shut(
     control = Recording()
     control.lies = lies
     gate = Gate(control, config)
-    with pytest.raises(ServerError, match=message):
+
+    def through() -> None:
         gate.close()
         gate.open()
+
+    with pytest.raises(ServerError, match=message):
+        through()
     with pytest.raises(SyncError):
         gate.check()
