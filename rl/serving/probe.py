@@ -1,9 +1,10 @@
 """Log-probs of a fixed request, a server's against the trainer's own: whether the two have the same weights, as far as rounding lets it show.
 
-Two routes, since each hides what the other shows. `prompt`: log-probs of every token of a fixed prompt; vLLM computes those
-afresh and reads no prefix cache for them. `cached`: the likeliest next tokens after prefixes of that prompt that are some blocks
-long; these read the cache, so keys and values left over from older weights show. Asked once before an update (`touch`), the old
-blocks are surely in the cache after it, unless it was reset.
+Asked for are the likeliest next tokens after prefixes of a fixed prompt that are some blocks long, by two routes, since each
+hides what the other shows. `fresh`, with a salt that was never used, is computed afresh. `cached` reads the server's prefix cache,
+so keys and values left over from older weights show: asked once before an update (`touch`), the old blocks are surely in the
+cache after it, unless it was reset. (Log-probs of a prompt's own tokens bypass that cache as well; but where vLLM's CPU build
+serves adapters, asking for them beside another request ends its engine.)
 
 The measure is the mean of |server - trainer| over a route's values. Servers round otherwise than trainers do, so equal weights
 differ too: the first push measures by how much (`Gauge.noise`), and later ones may differ `multiple` times as much. That is the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 import random
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +30,7 @@ from .control import Control, Facts, SyncError
 from .http import ServerError
 
 PREFIXES = 16
-"""Prefixes of the cached route, each a token longer than the one before."""
+"""Each a token longer than the one before."""
 TOP = 8
 """Likeliest next tokens asked for after each: fewer than any server's limit."""
 SHORTEST = 128
@@ -49,9 +51,9 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class Answers:
-    """One server's log-probs: of ids[1:], and after each prefix of the likeliest tokens."""
+    """One server's log-probs of the likeliest tokens after each prefix, by either route."""
 
-    prompt: list[float]
+    fresh: list[dict[int, float]]
     cached: list[dict[int, float]]
 
 
@@ -100,47 +102,29 @@ class Probe:
             ServerError: an answer without the log-probs that were asked for.
         """
         prefixes = [list(self.ids[: self.start + i]) for i in range(PREFIXES)]
-        wanted = {"model": model, **_PLAIN, "return_tokens_as_token_ids": True}
-        cached = control.post("/v1/completions", {**wanted, "prompt": prefixes, "logprobs": TOP})
-        prompt = control.post("/v1/completions", {**wanted, "prompt": list(self.ids), "prompt_logprobs": 0})
+        wanted = {"model": model, **_PLAIN, "prompt": prefixes, "logprobs": TOP, "return_tokens_as_token_ids": True}
+        cached = control.post("/v1/completions", wanted)
+        fresh = control.post("/v1/completions", {**wanted, "cache_salt": secrets.token_hex(8)})
         made = []
-        for url, one, other in zip(control.urls, prompt, cached, strict=True):
+        for url, one, other in zip(control.urls, fresh, cached, strict=True):
             try:
-                made.append(Answers(self._prompt_values(one), _top_values(other)))
+                made.append(Answers(_top_values(one), _top_values(other)))
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise ServerError(
                     url, f"the probe's answer lacks log-probs that were asked for ({type(error).__name__}: {error})"
                 ) from None
         return made
 
-    def _prompt_values(self, answer: Any) -> list[float]:
-        (choice,) = answer["choices"]
-        places = choice["prompt_logprobs"]
-        if len(places) != len(self.ids):
-            raise ValueError(f"{len(places)} places for {len(self.ids)} tokens")
-        return [float(places[i][str(self.ids[i])]["logprob"]) for i in range(1, len(self.ids))]
-
     def compare(self, policy: Policy, answers: Sequence[Answers]) -> list[Difference]:
         """The trainer's own values of the same tokens against each server's; a collective call where `policy.in_step`."""
-        asked = [sorted(set().union(*(one.cached[i] for one in answers))) for i in range(PREFIXES)]
+        seen = [one.fresh + one.cached for one in answers]
+        asked = [sorted(set().union(*(tops[i] | tops[i + PREFIXES] for tops in seen))) for i in range(PREFIXES)]
         ids = torch.tensor(self.ids)
-        groups = [Group(ids[:1], [ids[1:]])]
-        groups += [Group(ids[: self.start + i], [torch.tensor([t]) for t in asked[i]]) for i in range(PREFIXES)]
+        groups = [Group(ids[: self.start + i], [torch.tensor([t]) for t in asked[i]]) for i in range(PREFIXES)]
         with torch.no_grad():
-            values = policy.logprobs(groups, 1.0).logp.double().cpu().tolist()
-        own, rest = values[: len(ids) - 1], iter(values[len(ids) - 1 :])
-        tops = [{token: next(rest) for token in tokens} for tokens in asked]
-        return [
-            _difference(
-                {
-                    "prompt": [abs(a - b) for a, b in zip(one.prompt, own, strict=True)],
-                    "cached": [
-                        abs(v - top[t]) for seen, top in zip(one.cached, tops, strict=True) for t, v in seen.items()
-                    ],
-                }
-            )
-            for one in answers
-        ]
+            values = iter(policy.logprobs(groups, 1.0).logp.double().cpu().tolist())
+        own = [{token: next(values) for token in tokens} for tokens in asked]
+        return [_difference({"fresh": one.fresh, "cached": one.cached}, own) for one in answers]
 
 
 @dataclass
@@ -170,7 +154,7 @@ class Gauge:
 
     def _message(self, url: str, route: str, mean: float, difference: Difference, version: int) -> str:
         fine = [name for name, value in difference.mean.items() if value <= self.allowed(name)]
-        if route == "cached" and "prompt" in fine:
+        if route == "cached" and "fresh" in fine:
             cause = "computed afresh its log-probs are right: it reads keys and values of older weights from its prefix cache"
         else:
             cause = (
@@ -201,14 +185,20 @@ def _top_values(answer: Any) -> list[dict[int, float]]:
     made = []
     for choice in choices:
         (top,) = choice["logprobs"]["top_logprobs"]
+        if not top:
+            raise ValueError("no log-probs at all")
         made.append({int(name.removeprefix("token_id:")): float(value) for name, value in top.items()})
     return made
 
 
-def _difference(values: dict[str, list[float]]) -> Difference:
+def _difference(routes: dict[str, list[dict[int, float]]], own: list[dict[int, float]]) -> Difference:
     """A value that is no number is infinitely far off."""
-    clean = {route: [v if math.isfinite(v) else math.inf for v in found] for route, found in values.items()}
+    found = {
+        route: [abs(value - ours[token]) for top, ours in zip(tops, own, strict=True) for token, value in top.items()]
+        for route, tops in routes.items()
+    }
+    clean = {route: [v if math.isfinite(v) else math.inf for v in values] for route, values in found.items()}
     return Difference(
-        {route: sum(found) / len(found) for route, found in clean.items()},
-        {route: max(found) for route, found in clean.items()},
+        {route: sum(values) / len(values) for route, values in clean.items()},
+        {route: max(values) for route, values in clean.items()},
     )

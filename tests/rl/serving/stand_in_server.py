@@ -150,11 +150,8 @@ class StandIn:
 
     def _choice(self, index: int, ids: list[int], body: Any) -> dict[str, Any]:
         made: dict[str, Any] = {"index": index}
-        if body.get("prompt_logprobs") is not None:  # reads no cache
-            logp = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            made["prompt_logprobs"] = [None, *({str(t): {"logprob": logp[i, t].item()}} for i, t in enumerate(ids[1:]))]
-        elif body.get("logprobs"):
-            model = self._stale or self.model
+        if body.get("logprobs"):
+            model = self.model if "cache_salt" in body else self._stale or self.model
             values, tokens = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(body["logprobs"])
             top = {f"token_id:{t}": v for t, v in zip(tokens.tolist(), values.tolist(), strict=True)}
             made["logprobs"] = {"top_logprobs": [top]}

@@ -18,8 +18,8 @@ def facts(block: int = 16, longest: int = 1024) -> Facts:
     return Facts(torch.float32, block, longest, 1, True, None, 0, False)
 
 
-def difference(prompt: float, cached: float) -> Difference:
-    return Difference({"prompt": prompt, "cached": cached}, {"prompt": 3 * prompt, "cached": 3 * cached})
+def difference(fresh: float, cached: float) -> Difference:
+    return Difference({"fresh": fresh, "cached": cached}, {"fresh": 3 * fresh, "cached": 3 * cached})
 
 
 class Exact(Control):
@@ -31,23 +31,20 @@ class Exact(Control):
 
     @torch.no_grad()
     def post(self, path: str, json: Any = None, **query: str | int) -> list[Any]:
-        if "prompt_logprobs" in json:
-            ids = json["prompt"]
-            logp = self.policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            places = [None, *({str(t): {"logprob": logp[i, t].item()}} for i, t in enumerate(ids[1:]))]
-            return [self.spoil("prompt", {"choices": [{"index": 0, "prompt_logprobs": places}]})]
         choices = []
         for i, ids in enumerate(json["prompt"]):
             values, tokens = self.policy.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(json["logprobs"])
             top = {f"token_id:{t}": v for t, v in zip(tokens.tolist(), values.tolist(), strict=True)}
             choices.append({"index": i, "logprobs": {"top_logprobs": [top]}})
-        return [self.spoil("cached", {"choices": choices[::-1]})]  # in no particular order
+        return [
+            self.spoil("fresh" if "cache_salt" in json else "cached", {"choices": choices[::-1]})
+        ]  # in no particular order
 
 
 def test_equal_weights_agree_on_every_value(policy: Policy) -> None:
     probe = Probe.build(policy, [facts()])
     (answers,) = probe.ask(Exact(policy), "policy")
-    assert len(answers.prompt) == SHORTEST + PREFIXES - 2 and [len(top) for top in answers.cached] == [TOP] * PREFIXES
+    assert probe.start == SHORTEST and [len(top) for top in answers.fresh + answers.cached] == [TOP] * 2 * PREFIXES
     (found,) = probe.compare(policy, [answers])
     assert max(found.largest.values()) < 1e-4
 
@@ -56,17 +53,18 @@ def test_it_measures_what_was_changed(policy: Policy) -> None:
     probe = Probe.build(policy, [facts()])
     (answers,) = probe.ask(Exact(policy), "policy")
     shifted = Answers(
-        [v + 0.25 for v in answers.prompt], [{t: v - 0.5 for t, v in top.items()} for top in answers.cached]
+        [{t: v + 0.25 for t, v in top.items()} for top in answers.fresh],
+        [{t: v - 0.5 for t, v in top.items()} for top in answers.cached],
     )
     one, two = probe.compare(policy, [answers, shifted])
-    assert one.mean["prompt"] < 1e-4
-    assert two.mean == pytest.approx({"prompt": 0.25, "cached": 0.5}, abs=1e-4)
+    assert one.mean["fresh"] < 1e-4
+    assert two.mean == pytest.approx({"fresh": 0.25, "cached": 0.5}, abs=1e-4)
 
 
 def test_servers_may_name_other_likeliest_tokens(policy: Policy) -> None:
     probe = Probe.build(policy, [facts()])
     (answers,) = probe.ask(Exact(policy), "policy")
-    fewer = Answers(answers.prompt, [dict(list(top.items())[3:]) for top in answers.cached])
+    fewer = Answers(answers.fresh, [dict(list(top.items())[3:]) for top in answers.cached])
     one, two = probe.compare(policy, [answers, fewer])
     assert max(one.largest["cached"], two.largest["cached"]) < 1e-4
 
@@ -85,10 +83,9 @@ def test_its_prompt_is_the_given_ids_filled_up_without_special_tokens(policy: Po
 @pytest.mark.parametrize(
     ("kind", "spoil"),
     [
-        ("prompt", lambda c: c[0]["prompt_logprobs"].pop()),
-        ("prompt", lambda c: c[0].update(prompt_logprobs=None)),
-        ("prompt", lambda c: c[0]["prompt_logprobs"][5].clear()),
-        ("prompt", lambda c: c.clear()),
+        ("fresh", lambda c: c.clear()),
+        ("fresh", lambda c: c[0].update(logprobs=None)),
+        ("fresh", lambda c: c[0]["logprobs"]["top_logprobs"][0].clear()),
         ("cached", lambda c: c.pop()),
         ("cached", lambda c: c[0].pop("logprobs")),
         ("cached", lambda c: c[0]["logprobs"].update(top_logprobs=[{"the": -1.0}])),
@@ -110,12 +107,12 @@ def test_the_first_push_sets_the_noise_and_later_ones_are_held_to_it() -> None:
     gauge = Gauge(3.0, 0.25)
     assert "nothing" in gauge.resolution()
     gauge.judge(["a", "b"], [difference(0.01, 0.02), difference(0.012, 0.018)], 0)
-    assert gauge.noise == {"prompt": 0.012, "cached": 0.02}
+    assert gauge.noise == {"fresh": 0.012, "cached": 0.02}
     gauge.judge(["a"], [difference(0.035, 0.059)], 1)
-    assert gauge.noise["prompt"] == 0.012, "a head that drifts away slowly must not be got used to"
-    assert "0.0360 nats (prompt), 0.0600 nats (cached)" in gauge.resolution()
+    assert gauge.noise["fresh"] == 0.012, "a head that drifts away slowly must not be got used to"
+    assert "0.0360 nats (fresh), 0.0600 nats (cached)" in gauge.resolution()
     with pytest.raises(
-        SyncError, match=r"a: version 2 did not take: .*prompt route are 0\.0370 .*0\.0360 are allowed \(3 times"
+        SyncError, match=r"a: version 2 did not take: .*fresh route are 0\.0370 .*0\.0360 are allowed \(3 times"
     ):
         gauge.judge(["a"], [difference(0.037, 0.02)], 2)
     with pytest.raises(SyncError, match=r"cached route .*older weights from its prefix cache"):
@@ -132,14 +129,14 @@ def test_a_first_push_that_is_grossly_off_is_no_noise() -> None:
 
 
 def test_the_limit_is_never_more_than_was_asked_for_nor_less_than_sense() -> None:
-    gauge = Gauge(100.0, 0.25, {"prompt": 0.02, "cached": 1e-7})
-    assert gauge.allowed("prompt") == 0.25 and gauge.allowed("cached") == 0.002
+    gauge = Gauge(100.0, 0.25, {"fresh": 0.02, "cached": 1e-7})
+    assert gauge.allowed("fresh") == 0.25 and gauge.allowed("cached") == 0.002
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_not_taken(policy: Policy, value: float) -> None:
     probe = Probe.build(policy, [facts()])
     (answers,) = probe.ask(Exact(policy), "policy")
-    answers.prompt[3] = value
+    answers.fresh[3][next(iter(answers.fresh[3]))] = value
     with pytest.raises(SyncError):
         Gauge(3.0, 0.25).judge(["a"], probe.compare(policy, [answers]), 0)

@@ -100,7 +100,7 @@ def test_both_sides_agree_before_and_after(policy: Policy, make_sync: Callable[.
         assert max(difference.mean.values()) < ROUNDING, difference
         assert report.bytes == PlainWeights(policy.model, torch.bfloat16).bytes
     (telling,) = sync.sums._telling.values()
-    assert any("model.norm.weight" in name for name in telling) and any("embed" in name for name in telling), telling
+    assert any("model.norm.weight" in name for name in telling), telling
     assert max(sync.gauge.noise.values()) > 1e-4, "noise is what two roundings make, not nothing"
 
 
