@@ -163,7 +163,7 @@ def listening(stand_in: StandIn) -> Iterator[str]:
     """Its address, while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
         def do_GET(self) -> None:

@@ -1,6 +1,6 @@
-"""Run by vLLM's own interpreter: FILE. Plays requests that the trainer made to vLLM's own routes and classes; says what they became.
+"""Run by vLLM's own interpreter: FILE... Plays requests that the trainer made to vLLM's own routes and classes; says what they became.
 
-FILE: {"requests": [[path, query, body], ...], "backend": "nccl" | "ipc", "sizes": [...], "limit": n}. Prints JSON.
+FILE: {"requests": [[path, query, body], ...], "backend": "nccl" | "ipc", "sizes": [...], "limit": n}. Prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -98,4 +98,5 @@ def cut(sizes: list[int], limit: int) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        main(Path(argument))
