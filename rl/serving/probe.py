@@ -44,7 +44,6 @@ _PLAIN = {
     "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
-    "seed": 0,
 }
 """Against a model's own generation_config, which servers read as defaults."""
 
