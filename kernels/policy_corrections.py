@@ -14,6 +14,10 @@ One naming scheme, `importance_*`; each multiplies the policy term (never KL or 
 The sequence mask drops a sequence whose geometric mean of rho_t lies outside.
 `importance_level` is "token" or "sequence". They combine: the range looks at rho before the cap, the sequence mask
 alone leaves the weight at 1, and importance_cap=inf is plain importance sampling.
+
+How far the two are apart is measured whether it is corrected or not, token by token: the mean and the greatest of
+|old - rollout|, the KL divergence of old from rollout by Schulman's k3 (exp(d) - 1 - d of d = old - rollout, every term of
+which is positive), and the first two moments of rho, of which (mean rho)^2 / mean rho^2 is the effective share of samples.
 """
 
 from __future__ import annotations
@@ -56,7 +60,10 @@ def needs_sequences(settings: Mapping[str, Any]) -> bool:
 
 
 def importance(old: Tensor, rollout: Tensor, settings: Mapping[str, Any], sequences: Sequences | None) -> Importance:
-    """The weights of the module's table; metrics `sampling/importance_sampling_ratio/*` with the share each one affects."""
+    """The weights of the module's table; metrics `sampling/importance_sampling_ratio/*` with the share each one affects.
+
+    `sampling/sampling_logp_difference/*`, `sampling/k3_kl` and `sampling/ratio/*` are of the tokens as they are, uncorrected.
+    """
     log_rho = token_log_rho = clamp(old - rollout)
     if settings["importance_level"] == "sequence":
         assert sequences is not None
@@ -80,4 +87,15 @@ def importance(old: Tensor, rollout: Tensor, settings: Mapping[str, Any], sequen
         outside = (middle < sequence_span[0]) | (middle > sequence_span[1])
         weight, marks["sequence_masked_mean"] = torch.where(outside, 0.0, weight), outside
     named = {f"sampling/importance_sampling_ratio/{name}": mark for name, mark in marks.items()}
-    return Importance(weight if corrects(settings) else None, named)
+    return Importance(weight if corrects(settings) else None, named | _mismatch(token_log_rho))
+
+
+def _mismatch(log_rho: Tensor) -> dict[str, Tensor]:
+    gap, rho = log_rho.abs(), log_rho.exp()
+    return {
+        "sampling/sampling_logp_difference/mean": gap,
+        "sampling/sampling_logp_difference/max": gap,
+        "sampling/k3_kl": torch.expm1(log_rho) - log_rho,
+        "sampling/ratio/mean": rho,
+        "sampling/ratio/mean_square": rho.square(),
+    }

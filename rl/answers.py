@@ -93,6 +93,17 @@ def after_thinking(completion: str) -> str | None:
     return completion[tags[-1].end() :] if tags[-1][1] else None
 
 
+def thinking(completion: str) -> str:
+    """The reasoning alone: what precedes the last closed reasoning's end, or follows an opening that never closes.
+
+    The whole of a completion without such tags: it reasons in the open.
+    """
+    tags = _last(_THINKING, completion, 1)
+    if not tags:
+        return completion
+    return completion[: tags[-1].start()] if tags[-1][1] else completion[tags[-1].end() :]
+
+
 def extract(completion: str) -> Extraction:
     """The final answer of a completion, or the reason why there is none (see `rules.REASONS`)."""
     text = after_thinking(completion)

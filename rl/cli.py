@@ -11,31 +11,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..engine.launch import Job, join
-from ..engine.model import load_tokenizer, pick_device
+from ..engine.model import load_tokenizer
+from .behaviours.command import add_behaviours
 from .bench import run_bench
-from .config import dump
+from .benchmarks.command import RECIPE_KEYS, add_compare, add_eval
+from .config import dump, read_overrides
 from .console import Console
 from .curriculum import describe, phase_name
 from .doctor import add_doctor
-from .evaluate import evaluate
-from .passes import bucket_line, percent
 from .plan import check_fits
 from .plan_command import add_plan
-from .policy import Policy, model_source
-from .ranks import Ranks
+from .policy import model_source
 from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
-from .rewards import make_reward
-from .serving.session import generating
-from .sources import check_window, read_eval, read_prompts
+from .sources import check_window, read_prompts
+from .trace_command import add_trace
 from .train import Stopped, train
-
-_SHORT = {"generator": "generator.kind"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with job:
         console = Console() if job.rank == 0 else Console(quiet=True, warns=False)
         try:
-            return int(known.run(known, _overrides(rest), console, job) or 0)
+            return int(known.run(known, read_overrides(rest), console, job) or 0)
         except ValueError as error:
             return _failed(job, error, 2)
         except (OSError, FloatingPointError) as error:
@@ -79,40 +74,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     recipes = ", ".join(shipped())
-    for name, run, text in (
-        ("train", _train, "run or resume a recipe"),
-        ("eval", _eval, "evaluate the recipe's model on its evaluation data"),
-    ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            allow_abbrev=False,
-            epilog="Any recipe key can be given as --section.key VALUE, for example --run.seed 4.",
-        )
-        command.add_argument("recipe", help=f"a .toml file or one of: {recipes}")
-        command.add_argument(
-            "--skip-bad-rows", action="store_true", help="leave out rows that can't be read, and write them aside"
-        )
-        command.set_defaults(run=run)
-        if name == "train":
-            command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
-            command.add_argument(
-                "--dry-run",
-                action="store_true",
-                help="print the resolved recipe and what each phase will see, then stop",
-            )
-            command.add_argument(
-                "--replay",
-                type=Path,
-                metavar="RUN",
-                help="train on the saved rollouts of another run, without generating",
-            )
-            command.add_argument("--force", action="store_true", help="go on though the plan says that it can't fit")
+    command = commands.add_parser("train", help="run or resume a recipe", allow_abbrev=False, epilog=RECIPE_KEYS)
+    command.add_argument("recipe", help=f"a .toml file or one of: {recipes}")
+    command.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that can't be read, and write them aside"
+    )
+    command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and what each phase will see, then stop"
+    )
+    command.add_argument(
+        "--replay", type=Path, metavar="RUN", help="train on the saved rollouts of another run, without generating"
+    )
+    command.add_argument("--force", action="store_true", help="go on though the plan says that it can't fit")
+    command.set_defaults(run=_train)
+    add_eval(commands)
+    add_compare(commands)
     demo = commands.add_parser("demo", help="train the demo recipe (CPU, minutes)", allow_abbrev=False)
     demo.add_argument("--run-dir", type=Path)
     demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False, force=False)
     add_plan(commands)
     add_doctor(commands)
+    add_behaviours(commands)
+    add_trace(commands)
     report = commands.add_parser("report", help="draw a run as one HTML page", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN")
     report.set_defaults(run=_report)
@@ -121,23 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("arguments", nargs="*")
     bench.set_defaults(run=lambda known, *_: run_bench(known.arguments))
     return parser
-
-
-def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """[--a.b value, --c.d=value] -> [(a.b, value), (c.d, value)]. A section's short name stands for its kind."""
-    pairs: list[tuple[str, str]] = []
-    items = iter(rest)
-    for item in items:
-        if not item.startswith("--"):
-            raise ValueError(f"unexpected argument {item!r}: recipe keys are given as --section.key VALUE")
-        key, equals, value = item[2:].partition("=")
-        if not equals:
-            following = next(items, None)
-            if following is None or following.startswith("--"):
-                raise ValueError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE for one that begins with --")
-            value = following
-        pairs.append((_SHORT.get(key, key), value))
-    return pairs
 
 
 def _recipe(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> Recipe:
@@ -171,33 +138,6 @@ def _dry_run(recipe: Recipe, console: Console) -> None:
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(model_source(recipe.model), trust_remote_code=recipe.model.trust_remote_code)
-
-
-def _eval(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console, job: Job) -> None:
-    recipe = _recipe(known, overrides)
-    if not recipe.data.eval:
-        raise ValueError(
-            "the recipe has no questions to evaluate on: set data.eval to files, datasets names or synthetic:NAME"
-        )
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    prompts = read_eval(recipe, _tokenizer(recipe), None, console)
-    ranks = Ranks(job, job.connect(recipe.parallel, pick_device(recipe.model.device)))
-    policy = Policy(recipe.model, recipe.generator, ranks=ranks)
-    longest = max(map(len, (prompt.ids for prompt in prompts)))
-    with (
-        generating(policy, recipe, recipe.served_window(longest), home=None, say=console.say),
-        console.progress("evaluating", len(prompts)) as advance,
-    ):
-        summary, _ = evaluate(
-            policy, make_reward(recipe.reward, ranks=ranks), prompts, recipe.eval, bounds=recipe.buckets(),
-            seed=recipe.run.seed, name="eval", on_batch=advance,
-        )  # fmt: skip
-    for row in summary["benchmarks"]:
-        passes = ", ".join(f"pass@{k} {percent(value)}" for k, value in row["pass_at"].items())
-        console.say(f"{row['name']}: {percent(row['accuracy'])} ± {percent(row['stderr'])} (n = {row['n']}), {passes}")
-    for row in summary["buckets"]:
-        console.say(bucket_line(row))
 
 
 def _report(known: argparse.Namespace, overrides: list[tuple[str, str]], console: Console, _: Job) -> None:

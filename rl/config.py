@@ -58,6 +58,23 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
+def read_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """[--a.b value, --c.d=value] -> [(a.b, value), (c.d, value)]."""
+    pairs: list[tuple[str, str]] = []
+    items = iter(rest)
+    for item in items:
+        if not item.startswith("--"):
+            raise ValueError(f"unexpected argument {item!r}: recipe keys are given as --section.key VALUE")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            following = next(items, None)
+            if following is None or following.startswith("--"):
+                raise ValueError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE for one that begins with --")
+            value = following
+        pairs.append((key, value))
+    return pairs
+
+
 def override(values: dict[str, Any], key: str, text: str) -> None:
     """Sets the dotted `key` (list items by index: `phases.0.steps`) in nested `values` to raw text."""
     *path, last = key.split(".")

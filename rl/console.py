@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
@@ -65,17 +66,19 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
-        """A bar on a terminal; elsewhere a plain line every quarter of a minute, so logs stay short and alive."""
+        """A bar on a terminal; elsewhere a plain line every quarter of a minute, with the time that is left at this pace."""
         if self._rich.is_terminal and not self._quiet:
             yield from self._bar(what, total)
             return
-        state = {"done": 0, "said": time.monotonic()}
+        begun = time.monotonic()
+        state = {"done": 0, "said": begun}
 
         def advance(count: int = 1) -> None:
             state["done"] += count
             if time.monotonic() - state["said"] > _PLAIN_EVERY_S:
-                state["said"] = time.monotonic()
-                self.say(f"{what}: {state['done']}/{total}")
+                now = state["said"] = time.monotonic()
+                left = (now - begun) / state["done"] * (total - state["done"]) if state["done"] else None
+                self.say(f"{what}: {state['done']}/{total}" + ("" if left is None else f", {_clock(left)} left"))
 
         yield advance
 
@@ -116,6 +119,11 @@ class Console:
             self._rich.print(table)
             if summary["chance"] is not None:
                 self.say(f"chance: {100 * summary['chance']:.1f} %")
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds, to the second."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _plus_minus(bucket: Mapping[str, Any]) -> str:

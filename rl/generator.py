@@ -44,6 +44,21 @@ class Generator(Protocol):
         """What happened since this was last asked, for the step's metrics."""
         ...
 
+    def refresh(self) -> None:
+        """Brings the policy's weights to whoever lacks them, which `sample` else does when it begins."""
+        ...
+
+    def beside(self, policy: Policy) -> Generator:
+        """The same servers, asked by a thread of this rank alone while another trains; `policy` is that thread's.
+
+        Weights are handed over by the generator that it was made of.
+        """
+        ...
+
+    def call_off(self) -> None:
+        """From another thread: a `sample` under way ends soon, with an error."""
+        ...
+
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
     ) -> list[list[Completion]]:
@@ -76,6 +91,15 @@ class LocalGenerator:
 
     def metrics(self) -> dict[str, float]:
         return {}
+
+    def refresh(self) -> None:
+        pass
+
+    def beside(self, policy: Policy) -> Generator:
+        raise AssertionError("the policy that trains can't generate meanwhile")
+
+    def call_off(self) -> None:
+        pass
 
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone

@@ -8,8 +8,8 @@ the normalizer and never computed; the entropy rules can make it so (`entropy.py
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from .advantages import group_advantages, overlong_penalty, reward_spread
 from .console import Console
 from .entropy import EntropyControl, Masks, batch_entropy
 from .grpo_config import GrpoConfig
+from .overlap import Overlap
 from .policy import Policy
 from .prompts import Prompt
 from .rewards import Reward
@@ -29,7 +30,7 @@ from .rollouts import Rollout, RolloutGroup, Unjudged, roll_out
 from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
-from .step_metrics import add_means, cost, mask_metrics, mean_of, rollout_metrics
+from .step_metrics import add_means, cost, mask_metrics, mean_of, mismatch_metrics, rollout_metrics, staleness
 
 
 @dataclass
@@ -74,47 +75,86 @@ class GrpoTrainer:
         self.seed, self.grad_clip, self.reference = seed, grad_clip, reference
         self.console = console or Console(quiet=True)
         self.entropy = EntropyControl(config.entropy_weight, config.adaptive_entropy, config.aepo)
+        self._overlap: Overlap | None = None
 
     def step(
         self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None,
-        saved: Sequence[RolloutGroup] = (),
+        saved: Sequence[RolloutGroup] = (), watch: Stopwatch | None = None,
     ) -> tuple[dict[str, float], list[RolloutGroup]]:  # fmt: skip
         """One RL step; gives its metrics and every group sampled, trained on or not.
 
         `replay` trains on saved groups instead; `saved`: see `collect`.
         """
-        watch, start = Stopwatch(lambda name: self.policy.ranks.note(name, step)), time.perf_counter()
-        groups = self.collect(step, watch, saved) if replay is None else replay
-        groups = self.advantages(groups) if replay is None else groups
-        minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
-        with watch("old_log_prob"):
-            masked = self.attach_logprobs(minibatches)
-        with watch("update_actor"):
-            metrics = {**masked, **self.update_all(minibatches, learning_rate)}
-        watch.seconds["timing_s/step"] = time.perf_counter() - start
+        watch = watch or Stopwatch()
+        watch.note = lambda name: self.policy.ranks.note(name, step)
+        with watch("step"):
+            groups = self.advantages(self.sampled(step, watch, saved)) if replay is None else replay
+            minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
+            masked = self.attach_logprobs(minibatches, watch)
+            with watch("update_actor"):
+                metrics = {**masked, **self.update_all(minibatches, learning_rate)}
         costs = cost(groups, watch, self.policy.model.device)
         asked = {**self.policy.generation_metrics(), **self.reward.metrics()}
-        return {**rollout_metrics(groups), **asked, **metrics, **costs}, groups
+        return {**rollout_metrics(groups), **staleness(groups, step), **asked, **metrics, **costs}, groups
 
-    def collect(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = ()) -> list[RolloutGroup]:
+    @contextmanager
+    def overlapping(
+        self, first: int, last: int, saved: Callable[[int], list[RolloutGroup]]
+    ) -> Iterator[Callable[[int], AbstractContextManager[object]]]:
+        """A block in which steps `first` to `last` are sampled while earlier ones train, `staleness` ahead at most.
+
+        Gives what makes a block in which nothing is sampled, for evaluations between steps. `saved` are the groups that an
+        `Unjudged` left of a step. Where `staleness` is 0 nothing overlaps.
+        """
+        if not self.config.staleness or last < first:
+            yield lambda step: nullcontext()
+            return
+        with Overlap(self, staleness=self.config.staleness, first=first, last=last, saved=saved) as self._overlap:
+            try:
+                yield self._overlap.alone
+            finally:
+                self._overlap = None
+
+    def sampled(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """The step's groups: sampled now, or while earlier steps trained."""
+        if self._overlap is None:
+            return self.collect(step, watch, saved)
+        with watch("wait_for_rollouts"):
+            found = self._overlap.take(step).made
+        watch.join(found.seconds, found.spans)
+        self.sampler.load(found.sampler)
+        return found.groups
+
+    def hand_over(self, step: int) -> None:
+        """After the step's updates: who samples ahead goes on with its weights. All ranks call it."""
+        if self._overlap is not None:
+            self._overlap.hand_over(step)
+
+    def collect(
+        self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = (), version: int | None = None
+    ) -> list[RolloutGroup]:
         """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ.
 
-        `saved` are the groups of the same step that an `Unjudged` left: they are scored, and not sampled again.
+        `saved` are the groups of the same step that an `Unjudged` left: they are scored, and not sampled again. `version` is
+        the policy's (None: the one that the step before made).
         """
         config, groups, chosen = self.config, list[RolloutGroup](), []
+        known = saved[0].rollouts[0].version if saved else version
+        version = step - 1 if known is None else known
         for batch in range(config.max_batches if config.dynamic_sampling else 1):
             drawn = self.sampler.take(config.batch_prompts)
             chosen += drawn
             with self.console.progress(f"{self.stage}: sampling", config.batch_prompts * config.group_size) as advance:
                 try:
-                    groups += roll_out(
+                    made = roll_out(
                         self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
                         seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
                         first_group=len(groups), watch=watch, on_done=advance,
                         saved=saved[len(groups) : len(groups) + len(drawn)],
                     )  # fmt: skip
                 except Unjudged as error:
-                    raise Unjudged(str(error), groups + error.groups) from error
+                    raise Unjudged(str(error), groups + [g.sampled_by(version) for g in error.groups]) from error
+            groups += [group.sampled_by(version) for group in made]
             if len(_differing(groups)) >= config.batch_prompts:
                 break
         if config.dynamic_sampling:
@@ -159,7 +199,7 @@ class GrpoTrainer:
             for share in shares
         ]
 
-    def attach_logprobs(self, minibatches: list[Minibatch]) -> dict[str, float]:
+    def attach_logprobs(self, minibatches: list[Minibatch], watch: Stopwatch | None = None) -> dict[str, float]:
         """What the updates need of the policy before them, and of the reference; gives what the entropy rules did.
 
         Old log-probs for every update but the first, which is on-policy; reference ones only if the KL term has weight.
@@ -167,17 +207,20 @@ class GrpoTrainer:
         and the top-entropy mask, which look at whole batches, one over those of zero advantage. It saves the updates' own
         passes over completions whose advantages it takes away.
         """
-        for index, minibatch in enumerate(minibatches):
-            if index or self.config.masks:
-                for sample, logp, entropy in self._logprobs(self.policy, self.probed(minibatch)):
-                    sample.old_logp = logp if index else None
-                    sample.entropy = entropy if self.config.masks else None
-        metrics = self.mask(minibatches) if self.config.masks else {}
+        watch = watch or Stopwatch()
+        with watch("old_log_prob"):
+            for index, minibatch in enumerate(minibatches):
+                if index or self.config.masks:
+                    for sample, logp, entropy in self._logprobs(self.policy, self.probed(minibatch)):
+                        sample.old_logp = logp if index else None
+                        sample.entropy = entropy if self.config.masks else None
+            metrics = self.mask(minibatches) if self.config.masks else {}
         if self.config.kl_weight:
             assert self.reference is not None, "a KL term compares with a reference"
-            for minibatch in minibatches:
-                for sample, logp, _ in self._logprobs(self.reference, self.computed(minibatch)):
-                    sample.ref_logp = logp
+            with watch("ref"):
+                for minibatch in minibatches:
+                    for sample, logp, _ in self._logprobs(self.reference, self.computed(minibatch)):
+                        sample.ref_logp = logp
         return metrics
 
     def mask(self, minibatches: list[Minibatch]) -> dict[str, float]:
@@ -240,7 +283,7 @@ class GrpoTrainer:
             if "entropy" in means:
                 self.entropy.observe(means["entropy"].value)
             add_means(totals, means)
-        metrics = {name: mean.value for name, mean in totals.items()}
+        metrics = mismatch_metrics({name: mean.value for name, mean in totals.items()})
         return {
             **metrics,
             **({"entropy_coef": mean_of(weights)} if self.config.adaptive_entropy else {}),
@@ -254,7 +297,7 @@ class GrpoTrainer:
         """Accumulates the gradient of one update over this data rank's micro-batches; gives their loss, adds to the metrics."""
         config, total = self.config, 0.0
         normalizer, rows = self.normalizer(minibatch), self.rows(self.computed(minibatch))
-        options, known = config.loss_options(), rollout_known(minibatch)
+        options, known = config.loss_options(foreign=self.policy.foreign), rollout_known(minibatch)
         if not known:
             options = self.uncorrected(options)
         for turn in self.policy.ranks.rows([tokens for _, _, tokens in rows]):
@@ -275,10 +318,11 @@ class GrpoTrainer:
     def uncorrected(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The loss's options where the generator's log-probs are of another measure than the trainer's: none that compares them."""
         left = {name: value for name, value in options.items() if not name.startswith("importance_")}
-        if len(left) < len(options):
+        lost = sorted(options.keys() - left.keys() - {"importance_level"})
+        if lost:
             self.console.warn_once(
                 "the generator doesn't say how much top_p and top_k cut off, so its log-probs can't be compared with the trainer's: "
-                f"{', '.join(sorted(options.keys() - left.keys()))} are off, and training runs on old log-probs (top_p = 1 and "
+                f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} off, and training runs on old log-probs (top_p = 1 and "
                 "top_k = 0 would bring them back)"
             )
         return left

@@ -23,6 +23,9 @@ _LOSS = (
 )  # fmt: skip
 """Keys that go to the policy loss under the same name; `entropy_weight` goes there too, but may move on the way."""
 
+FOREIGN_CAP = 2.0
+"""Truncated importance sampling (TIS) at the bound that verl has too, for a generator that is another program."""
+
 
 @dataclass(frozen=True)
 class GrpoConfig:
@@ -35,8 +38,12 @@ class GrpoConfig:
     they are left out; what else a kind takes stands in [rl.options] (`dual_clip`, `delta`, ...). `kl_bias_correction` makes
     the KL term unbiased after the first update. `importance_*` correct for a generator that differs from the trainer:
     weights up to `importance_cap`, none outside `importance_range` (by token or by sequence, as `importance_level` says),
-    none for completions whose mean lies outside `importance_sequence_range`. `off_policy_threshold` leaves out wrong
-    completions that the policy has moved away from.
+    none for completions whose mean lies outside `importance_sequence_range`. Where none of them is set and the generator is
+    another program, weights are capped at 2; `importance = "off"` corrects nothing. `off_policy_threshold` leaves out
+    wrong completions that the policy has moved away from.
+
+    `staleness` is how many steps older than the weights it trains a step's rollouts may be: they are sampled meanwhile, by
+    another program (`overlap.py`); 0 is on-policy.
 
     `shared_prefix = false` computes a group's prompt once for each of its completions, as other trainers do: the same
     numbers at G times the work, for comparison.
@@ -58,6 +65,7 @@ class GrpoConfig:
     kl_bias_correction: bool = False
     entropy_weight: float = 0.0
     scale: str = "group"
+    importance: str = "auto"
     importance_cap: float | None = None
     importance_range: tuple[float, ...] | None = None
     importance_level: str = "token"
@@ -71,6 +79,7 @@ class GrpoConfig:
     max_batches: int = 10
     overlong_buffer: int = 0
     balanced_tasks: bool = False
+    staleness: int = 0
     micro_batch_tokens: int = 65536
     shared_prefix: bool = True
 
@@ -89,15 +98,23 @@ class GrpoConfig:
             )
         if self.max_batches < 1:
             raise ValueError(f"rl.max_batches must be at least 1, not {self.max_batches}")
+        if self.staleness < 0:
+            raise ValueError(f"rl.staleness must be 0 (on-policy) or a number of steps, not {self.staleness}")
         if self.overlong_buffer < 0:
             raise ValueError(f"rl.overlong_buffer must be 0 or more, not {self.overlong_buffer}")
 
     def _check_loss(self) -> None:
         """The loss of no tokens at all: it refuses what it would refuse in the first step."""
+        if self.importance not in ("auto", "off"):
+            raise ValueError(f"rl.importance {self.importance!r} is not known: auto or off")
+        if self.importance == "off" and self.corrected:
+            raise ValueError(
+                'rl.importance = "off", yet corrections are set (rl.importance_*): leave out one or the other'
+            )
         none = torch.zeros(0)
         policy_loss(
             none, none, none, none.long(), kind=self.kind, normalizer=1.0, entropy=none, rollout_logp=none, ref_logp=none,
-            entropy_weight=self.entropy_weight, **self.loss_options(),
+            entropy_weight=self.entropy_weight, **self.loss_options(foreign=True),
         )  # fmt: skip
 
     def _check_entropy_rules(self) -> None:
@@ -112,8 +129,16 @@ class GrpoConfig:
                 f"min = {rule.min} and max = {rule.max}"
             )
 
-    def loss_options(self) -> dict[str, Any]:
+    @property
+    def corrected(self) -> bool:
+        """Whether the recipe itself sets a correction for the generator."""
+        return any(x is not None for x in (self.importance_cap, self.importance_range, self.importance_sequence_range))
+
+    def loss_options(self, *, foreign: bool = False) -> dict[str, Any]:
         """What the policy loss is to be told beside the weight of the entropy bonus: all that isn't left out.
+
+        Args:
+            foreign: another program samples, whose log-probs are its own.
 
         Raises:
             ValueError: a key of [rl.options] that has a place of its own.
@@ -122,6 +147,8 @@ class GrpoConfig:
             if name in _LOSS or name == "entropy_weight":
                 raise ValueError(f"rl.options.{name} stands in [rl] itself: write rl.{name}")
         named = {name: getattr(self, name) for name in _LOSS}
+        if foreign and self.importance == "auto" and not self.corrected:
+            named["importance_cap"] = FOREIGN_CAP
         return {**{name: value for name, value in named.items() if value is not None}, **self.options}
 
     @property

@@ -13,11 +13,14 @@ from pathlib import Path
 from .judge_base import Judge, JudgeFailing
 from .judge_cache import VerdictCache
 from .judge_config import JudgeConfig
-from .judge_http import OpenAIJudge
-from .judge_local import LocalJudge
+from .judge_http import OpenAIClient, OpenAIJudge
+from .judge_local import LocalClient, LocalJudge
 from .judge_prompt import Case, parse_verdict
+from .judge_task import C, Task, V
 
-__all__ = ["Case", "Judge", "JudgeConfig", "JudgeFailing", "LocalJudge", "OpenAIJudge", "make_judge", "parse_verdict"]
+__all__ = [
+    "Case", "Judge", "JudgeConfig", "JudgeFailing", "LocalJudge", "OpenAIJudge", "make_client", "make_judge", "parse_verdict",
+]  # fmt: skip
 
 
 def make_judge(
@@ -31,11 +34,24 @@ def make_judge(
     `home` is the run folder, where verdicts are kept if `config.cache` names no other file.
     Raises ValueError if api_key_env names a variable that is not set, or the cache or the model can't be read.
     """
-    key = None
-    if config.api_key_env is not None:
-        key = environ.get(config.api_key_env)
-        if not key:
-            raise ValueError(f"environment variable {config.api_key_env} (judge api_key_env) is not set; export it")
+    key = _api_key(config, environ)
     path = Path(config.cache) if config.cache else home and home / "verdicts.jsonl"
-    cache = VerdictCache(path, warn)
+    cache = VerdictCache[float](path, warn)
     return LocalJudge(config, cache) if config.model_dir else OpenAIJudge(config, cache, key)
+
+
+def make_client(
+    config: JudgeConfig, environ: Mapping[str, str], task: Task[C, V], cache: VerdictCache[V]
+) -> OpenAIClient[C, V] | LocalClient[C, V]:
+    """The same judge with another task. Raises what `make_judge` raises."""
+    key = _api_key(config, environ)
+    return LocalClient(config, cache, task) if config.model_dir else OpenAIClient(config, cache, task, key)
+
+
+def _api_key(config: JudgeConfig, environ: Mapping[str, str]) -> str | None:
+    if config.api_key_env is None:
+        return None
+    key = environ.get(config.api_key_env)
+    if not key:
+        raise ValueError(f"environment variable {config.api_key_env} (judge api_key_env) is not set; export it")
+    return key

@@ -49,8 +49,8 @@ class Judge(Protocol):
 class Tally:
     """Counts of one judge, and its share of failures among the last cases that it was asked for."""
 
-    def __init__(self, max_failure_share: float) -> None:
-        self._max_share = max_failure_share
+    def __init__(self, max_failure_share: float, stakes: str) -> None:
+        self._max_share, self._stakes = max_failure_share, stakes
         self.counts = Counter({"calls": 0, "retries": 0, "failures": 0, "cache_hits": 0})
         self._recent: deque[str | None] = deque(maxlen=WINDOW)
 
@@ -69,9 +69,9 @@ class Tally:
             return
         told = ", ".join(f"{why}: {count}" for why, count in reasons.most_common(3))
         raise JudgeFailing(
-            f"{who} gave no verdict on {failed} of the last {asked} answers ({told}), more than reward.judge.max_failure_share "
-            f"= {self._max_share} allows: training on the rest would learn from whom the judge happens to answer. Mend the "
-            "judge and give the same command again; its verdicts so far are kept"
+            f"{who} gave no verdict on {failed} of the last {asked} answers ({told}), more than judge.max_failure_share = "
+            f"{self._max_share} allows: {self._stakes}. Mend the judge and give the same command again; its verdicts so far "
+            "are kept"
         )
 
     def metrics(self) -> dict[str, float]:

@@ -12,22 +12,34 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
-from . import judge_prompt
+from .judge_task import Chat
 
-
-def cache_key(model: str, messages: list[dict[str, str]]) -> str:
-    """Of everything that a verdict hangs on: model, prompt with its version, question, gold and answer."""
-    return hashlib.sha256(json.dumps([judge_prompt.VERSION, model, messages]).encode()).hexdigest()
+V = TypeVar("V")
 
 
-class VerdictCache:
-    """Verdicts by key; in memory alone where `path` is None. ValueError: the file can't be opened."""
+def cache_key(version: int | str, model: str, messages: Chat) -> str:
+    """Of everything that a verdict hangs on: the task's version, model, and the prompt with all that is asked about."""
+    return hashlib.sha256(json.dumps([version, model, messages]).encode()).hexdigest()
 
-    def __init__(self, path: Path | None, warn: Callable[[str], object]) -> None:
-        self.path, self._warn = path, warn
-        self._verdicts: dict[str, float] = {}
+
+def is_verdict(value: Any) -> bool:
+    """What a cache of plain verdicts may hold."""
+    return isinstance(value, float) and value in (0.0, 1.0)
+
+
+class VerdictCache(Generic[V]):
+    """Verdicts by key; in memory alone where `path` is None. ValueError: the file can't be opened.
+
+    A verdict is whatever JSON gives back equal and `valid` accepts.
+    """
+
+    def __init__(
+        self, path: Path | None, warn: Callable[[str], object], valid: Callable[[Any], bool] = is_verdict
+    ) -> None:
+        self.path, self._warn, self._valid = path, warn, valid
+        self._verdicts: dict[str, V] = {}
         self._read = 0
         self._full = False
         if path is not None:
@@ -40,10 +52,10 @@ class VerdictCache:
                     f"judge cache {path} can't be used ({error}): name a file that can be written"
                 ) from None
 
-    def get(self, key: str) -> float | None:
+    def get(self, key: str) -> V | None:
         return self._verdicts.get(key)
 
-    def put(self, key: str, verdict: float) -> None:
+    def put(self, key: str, verdict: V) -> None:
         """Kept in memory even where the disk is full: the run goes on, and is told once."""
         self._verdicts[key] = verdict
         if self.path is None:
@@ -69,7 +81,7 @@ class VerdictCache:
                 self._read = 0
             file.seek(self._read)
             for line in file:
-                entry = _entry(line)
+                entry = self._entry(line)
                 if entry is not None:
                     self._verdicts[entry[0]] = entry[1]
                 bad += entry is None and bool(line.strip())
@@ -79,22 +91,22 @@ class VerdictCache:
                 f"judge cache {self.path}: {bad} unreadable line(s) left out, their answers will be asked for anew"
             )
 
+    def _entry(self, line: bytes) -> tuple[str, V] | None:
+        try:
+            found: Any = json.loads(line)
+        except (ValueError, RecursionError):  # torn, cut within a character, or never JSON
+            return None
+        if not isinstance(found, dict):
+            return None
+        key = found.get("key")
+        verdict: Any = found.get("verdict")
+        if not isinstance(key, str) or not self._valid(verdict):
+            return None
+        return (key, verdict) if found.get("check") == _check(key, verdict) else None
 
-def _check(key: str, verdict: float) -> str:
+
+def _check(key: str, verdict: Any) -> str:
     return hashlib.sha256(f"{key} {verdict}".encode()).hexdigest()[:8]
-
-
-def _entry(line: bytes) -> tuple[str, float] | None:
-    try:
-        found: Any = json.loads(line)
-    except (ValueError, RecursionError):  # torn, cut within a character, or never JSON
-        return None
-    if not isinstance(found, dict):
-        return None
-    key, verdict = found.get("key"), found.get("verdict")
-    if not isinstance(key, str) or not isinstance(verdict, float) or verdict not in (0.0, 1.0):
-        return None
-    return (key, verdict) if found.get("check") == _check(key, verdict) else None
 
 
 def _ends_whole(file: IO[bytes]) -> bool:

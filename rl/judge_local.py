@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self
 
 import torch
 
@@ -22,16 +24,15 @@ from .judge_base import Judge, Tally
 from .judge_cache import VerdictCache, cache_key
 from .judge_config import JudgeConfig
 from .judge_prompt import Case
+from .judge_task import C, Chat, Task, V
 
 
-class LocalJudge(Judge):
-    """See `Judge`. The model is loaded at once: what is wrong with it shows before the first step."""
+class LocalClient(Generic[C, V]):
+    """Asks one task of one model. It is loaded at once: what is wrong with it shows before the first step."""
 
-    by_group = True
-
-    def __init__(self, config: JudgeConfig, cache: VerdictCache) -> None:
-        self.config, self.cache = config, cache
-        self.tally = Tally(config.max_failure_share)
+    def __init__(self, config: JudgeConfig, cache: VerdictCache[V], task: Task[C, V]) -> None:
+        self.config, self.cache, self.task = config, cache, task
+        self.tally = Tally(config.max_failure_share, task.stakes)
         self.tokenizer = load_tokenizer(config.model_dir)
         self.model = load_model(config.model_dir, dtype=DTYPES[config.dtype], device=pick_device(config.device))
         self.model.requires_grad_(False)
@@ -47,15 +48,24 @@ class LocalJudge(Judge):
         self._name = _fingerprint(Path(config.model_dir))
         self._turn = threading.Lock()
 
-    async def verdicts(self, cases: Sequence[Case]) -> list[float | None]:
-        """See `Judge`. Equal cases are asked once; generation runs in a thread of its own."""
-        chats = [judge_prompt.messages(case) for case in cases]
-        keys = [cache_key(self._name, chat) for chat in chats]
-        unknown = {key: chat for key, chat in zip(keys, chats, strict=True) if self.cache.get(key) is None}
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """There is nothing to close."""
+
+    async def answers(self, cases: Sequence[C]) -> list[V | None]:
+        """In order. Equal cases are asked once; generation runs in a thread of its own."""
+        chats = [self.task.messages(case) for case in cases]
+        keys = [cache_key(self.task.version, self._name, chat) for chat in chats]
+        asked = zip(keys, cases, chats, strict=True)
+        unknown = {key: (case, chat) for key, case, chat in asked if self.cache.get(key) is None}
         self.tally.counts["cache_hits"] += len(cases) - len(unknown)
-        texts = await asyncio.to_thread(self._answers, list(unknown.values())) if unknown else []
-        for key, text in zip(unknown, texts, strict=True):
-            verdict = None if text is None else judge_prompt.parse_verdict(text)
+        texts = await asyncio.to_thread(self._words, [chat for _, chat in unknown.values()]) if unknown else []
+        for (key, (case, _)), text in zip(unknown.items(), texts, strict=True):
+            verdict = None if text is None else self.task.parse(case, text)
             if verdict is None:
                 self.tally.failure("too long a prompt" if text is None else "no clear verdict")
                 continue
@@ -73,7 +83,7 @@ class LocalJudge(Judge):
     def metrics(self) -> dict[str, float]:
         return self.tally.metrics()
 
-    def _answers(self, chats: list[list[dict[str, str]]]) -> list[str | None]:
+    def _words(self, chats: Sequence[Chat]) -> list[str | None]:
         """The model's words, greedily; None where the prompt is longer than its window."""
         prompts = [self._ids(chat) for chat in chats]
         fitting = [ids for ids in prompts if len(ids) <= self._longest]
@@ -85,7 +95,7 @@ class LocalJudge(Judge):
         words = iter(self.tokenizer.decode(list(one.ids), skip_special_tokens=True) for [one] in made)
         return [str(next(words)) if len(ids) <= self._longest else None for ids in prompts]
 
-    def _ids(self, chat: list[dict[str, str]]) -> torch.Tensor:
+    def _ids(self, chat: Chat) -> torch.Tensor:
         text = "\n\n".join(message["content"] for message in chat)
         if self.tokenizer.chat_template is None:
             return torch.tensor(self.tokenizer(text + "\n")["input_ids"])
@@ -97,6 +107,18 @@ class LocalJudge(Judge):
         """A thread starts on the first GPU, whichever the model is on."""
         device = self.model.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class LocalJudge(LocalClient[Case, float], Judge):
+    """See `Judge`."""
+
+    by_group = True
+
+    def __init__(self, config: JudgeConfig, cache: VerdictCache[float]) -> None:
+        super().__init__(config, cache, judge_prompt.VERDICT)
+
+    async def verdicts(self, cases: Sequence[Case]) -> list[float | None]:
+        return await self.answers(cases)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -91,6 +91,11 @@ class Policy:
         self.stop_ids = stop_tokens(self.model, self.tokenizer)
 
     @property
+    def foreign(self) -> bool:
+        """Whether somebody else generates, whose log-probs differ from the trainer's by more than rounding."""
+        return self.served is not None
+
+    @property
     def in_step(self) -> bool:
         """Whether ranks wait for each other within a forward, so that all must run the same ones."""
         return self.weights.lockstep or self.ranks.sequence is not None

@@ -1,6 +1,7 @@
 """From an example to the prompt's tokens.
 
-The template is the published one of QwenLong-L1 (arXiv 2505.17667, table 1): one user turn, no system prompt. Lengths
+The template is the published one of QwenLong-L1 (arXiv 2505.17667, table 1): one user turn, no system prompt; a plain
+row with choices is asked for "The correct answer is" instead, the words that published rules for choices read. Lengths
 are those of the rendered prompt in the policy's own tokens, since that is what memory and the curriculum see. A prompt
 is never cut unless asked, and then says so in `truncated_from`.
 """
@@ -18,6 +19,8 @@ from .rows import Example
 _BEFORE_DOCUMENT = "Please read the following text and answer the question below.\n\n<text>\n"
 _AFTER_DOCUMENT = "\n</text>\n\n"
 _AFTER_QUESTION = '\n\nFormat your response as follows: "Therefore, the answer is (insert answer here)".'
+# LongBench v2's and DocQA-RL-1.6K's form for options, which the published rules for choices look for.
+_AFTER_CHOICES = '\n\nFormat your response as follows: "The correct answer is (insert answer here)".'
 TEMPLATE = f"{_BEFORE_DOCUMENT}$DOC${_AFTER_DOCUMENT}$Q${_AFTER_QUESTION}"
 
 # Characters handed to the tokenizer at once: enough for its threads, little enough to hold the encodings of.
@@ -43,10 +46,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if example.text is not None:
         return example.text
-    if example.messages is None:
-        messages = [{"role": "user", "content": _user_turn(example)}]
-    else:
-        messages = [dict(message) for message in example.messages]
+    messages = render_turns(example)
     if tokenizer.chat_template is None:
         if len(messages) > 1:
             raise ValueError(
@@ -59,9 +59,17 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
+def render_turns(example: Example) -> list[dict[str, str]]:
+    """The messages of an example that isn't a ready string, a plain row as the one turn of the template."""
+    if example.messages is None:
+        return [{"role": "user", "content": _user_turn(example)}]
+    return [dict(message) for message in example.messages]
+
+
 def _user_turn(example: Example) -> str:
     context, question = _plain(example)
-    return f"{_BEFORE_DOCUMENT}{context}{_AFTER_DOCUMENT}{question}{_AFTER_QUESTION}"
+    after = _AFTER_QUESTION if example.choices is None else _AFTER_CHOICES
+    return f"{_BEFORE_DOCUMENT}{context}{_AFTER_DOCUMENT}{question}{after}"
 
 
 def _plain(example: Example) -> tuple[str, str]:
@@ -76,10 +84,9 @@ def question_of(example: Example) -> str:
     users = [message["content"] for message in example.messages or () if message["role"] == "user"]
     text = users[-1] if users else example.text or ""
     # The last "</text>": the document may hold the mark itself, the question hardly.
-    return (
-        text.rpartition("</text>")[2].rpartition(_AFTER_QUESTION.strip())[0].strip()
-        or text.rpartition("</text>")[2].strip()
-    )
+    rest = text.rpartition("</text>")[2]
+    formats = (_AFTER_QUESTION.strip(), _AFTER_CHOICES.strip())
+    return next((before for form in formats if (before := rest.rpartition(form)[0].strip())), rest.strip())
 
 
 def tokenize(

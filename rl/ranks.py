@@ -115,11 +115,11 @@ class Ranks:
         """Means over the data ranks, of which one may have none at all."""
         if self.mesh is None or self.mesh.data == 1:
             return dict(means)
-        numbers = {name: (float(mean.total), float(mean.count)) for name, mean in means.items()}
+        numbers = {name: (type(mean), float(mean.total), float(mean.count)) for name, mean in means.items()}
         sums: dict[str, Mean] = {}
         for part in self._gathered(numbers, self.mesh.data_group):
-            for name, (total, count) in part.items():
-                mean = Mean(torch.tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
+            for name, (kind, total, count) in part.items():
+                mean = kind(torch.tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
                 sums[name] = sums[name] + mean if name in sums else mean
         return sums
 

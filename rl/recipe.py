@@ -57,6 +57,7 @@ class Recipe:
         self._check_sources()
         for index, phase in enumerate(self.phases):
             self._check_phase(index, phase)
+            self._check_staleness(index, phase)
         if not self.sft and not self.phases:
             raise ValueError("the recipe has neither [sft] nor [[phases]]: there is nothing to train")
         if self.retrospective and len(self.phases) < 2:
@@ -93,6 +94,21 @@ class Recipe:
             limit, samples = self.phases[index + 1].max_completion, self.retrospective.samples
             self._check_cache(f"the difficulty pass after phases.{index}", phase.upper, samples, limit)
 
+    def _check_staleness(self, index: int, phase: Phase) -> None:
+        if not self.rl.staleness:
+            return
+        if self.generator.kind == "local":
+            raise ValueError(
+                f"rl.staleness = {self.rl.staleness} samples while the policy trains, which another program must do: set "
+                'generator.kind = "vllm", or staleness = 0'
+            )
+        if phase.top_p < 1 or phase.top_k:
+            raise ValueError(
+                f"rl.staleness = {self.rl.staleness} trains on rollouts of older weights, corrected by the generator's log-probs, and "
+                f"phases.{index} cuts the distribution (top_p, top_k), of which servers give none that compare: set top_p = 1 and "
+                "top_k = 0, or staleness = 0"
+            )
+
     def _check_cache(self, what: str, prompt: int, samples: int, max_completion: int) -> None:
         need = prompt + samples * max_completion
         if self.generator.kind == "local" and self.generator.batch_tokens < need:
@@ -121,6 +137,10 @@ class Recipe:
         self._check_cache("eval", longest, self.eval.k, self.eval.max_completion)
 
 
+_SHORT = {"generator": "generator.kind"}
+"""A section's short name on the command line, for its kind."""
+
+
 def shipped() -> dict[str, Path]:
     """Recipes that come with the package, by name."""
     return {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
@@ -134,7 +154,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """
     values = _read_toml(name, ())
     for key, text in overrides:
-        override(values, key, text)
+        override(values, _SHORT.get(key, key), text)
     values.setdefault("name", Path(name).stem)
     return build(Recipe, values)
 

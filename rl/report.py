@@ -15,9 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .report_agreement import read_agreement
+from .report_behaviours import read_behaviours
 from .report_data import Notes, Row, embed, read_accuracy, read_metrics, read_recipe, stage_rank
 from .report_pool import read_pools
 from .report_samples import read_samples
+from .report_timeline import read_time
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("report_charts.js", "report.js")
@@ -47,6 +49,8 @@ def collect(run_dir: Path) -> Row:
         "accuracy": read_accuracy(run_dir, notes),
         "pools": read_pools(run_dir, notes),
         "agreement": read_agreement(run_dir, notes),
+        "behaviours": read_behaviours(run_dir, notes),
+        "time": read_time(run_dir, notes),
         "samples": read_samples(run_dir, notes),
     }
     return data | {"status": _status(run_dir, data), "notes": notes}

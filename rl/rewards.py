@@ -10,6 +10,7 @@ process reward.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import inspect
 import os
@@ -107,6 +108,12 @@ class Reward:
         counted = self.ranks.every(self.judge.metrics())
         names = dict.fromkeys(name for part in counted for name in part)
         return {name: _over_ranks(name, [part[name] for part in counted if name in part]) for name in names}
+
+    def alone(self) -> Reward:
+        """The same judge with its counters, for completions that this rank scores without the others."""
+        made = copy.copy(self)
+        made.ranks = Ranks()
+        return made
 
     def scoring(self, group_size: int) -> Scoring[Verdict | None]:
         """A block within which completions are handed in as they end; `finish` scores them."""

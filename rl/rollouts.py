@@ -25,6 +25,7 @@ class Rollout:
 
     `group` counts the groups of a step. `rule_reason` is the rule's own code (`rules.REASONS`) and `extracted` the answer it read,
     also where a judge overruled it and `reason` says so. `reward` None: no verdict. `advantage` None: not trained on (no verdict, or its group was left out as `used` says).
+    `version` of the policy sampled all its tokens: the number of steps that its weights had made.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Rollout:
     extracted: str | None = None
     advantage: float | None = None
     used: bool = False
+    version: int | None = None
 
     def dump(self) -> dict[str, Any]:
         return dict(vars(self))  # not asdict, which copies every number of long completions one by one
@@ -78,6 +80,10 @@ class RolloutGroup:
         )
         return RolloutGroup(self.prompt, tuple(plain))
 
+    def sampled_by(self, version: int) -> RolloutGroup:
+        """With the version of the policy that sampled it."""
+        return RolloutGroup(self.prompt, tuple(replace(r, version=version) for r in self.rollouts))
+
     def with_advantages(self, advantages: Sequence[float | None]) -> RolloutGroup:
         pairs = zip(self.rollouts, advantages, strict=True)
         return RolloutGroup(self.prompt, tuple(replace(r, advantage=a, used=True) for r, a in pairs))
@@ -89,6 +95,9 @@ class Unjudged(ValueError):
     def __init__(self, text: str, groups: list[RolloutGroup]) -> None:
         super().__init__(text)
         self.groups = groups
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unjudged, (str(self), self.groups)
 
 
 def roll_out(
@@ -137,9 +146,7 @@ def roll_out(
                 on_done(1)
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
-    if reward.judge is not None:
-        watch.add("reward/judge_wait", scoring.waited)
-        watch.add("reward/judge_time", scoring.judge_seconds)
+    _account(watch, scoring, judged=reward.judge is not None)
     lines = [
         _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + i // group_size)
         for i, one in enumerate(flat)
@@ -151,6 +158,15 @@ def roll_out(
     if failing is not None:
         raise Unjudged(str(failing), groups) from failing
     return groups
+
+
+def _account(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> None:
+    """When rules and judge were at work, and how long the judge was waited for."""
+    watch.timed("rules", scoring.rule_spans)
+    watch.timed("judge", scoring.judge_spans)
+    if judged:
+        watch.add("reward/judge_wait", scoring.waited)
+        watch.add("reward/judge_time", scoring.judge_seconds)
 
 
 def _score(

@@ -82,6 +82,14 @@ class RowError(ValueError):
         self.column, self.reason = column, reason
 
 
+class LeftOut(RowError):
+    """A row that its data set's own rules leave out: it is counted and listed, and nothing is wrong with it."""
+
+
+class WrongForm(RowError):
+    """A row in no form that was asked for: when a file opens with one, it is the wrong file."""
+
+
 def parse_row(row: object, *, default_id: str, default_benchmark: str, needs: Needs) -> Example:
     """The example that a row describes. Raises RowError."""
     if not isinstance(row, Mapping):
@@ -125,7 +133,8 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
 
 
-def _check(text: object, column: str) -> str:
+def check_text(text: object, column: str) -> str:
+    """The text, if it is one that can be shown to a model. Raises RowError."""
     if not isinstance(text, str):
         raise RowError(column, f"is {_kind(text)}, must be a string")
     if not text.strip():
@@ -138,12 +147,12 @@ def _check(text: object, column: str) -> str:
 def _text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
         raise RowError(column, "is missing or null")
-    return _check(row[column], column)
+    return check_text(row[column], column)
 
 
 def _label(row: Mapping[str, Any], column: str, default: str) -> str:
     value = row.get(column, default)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _check(value, column)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else check_text(value, column)
 
 
 def _strings(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
@@ -157,19 +166,19 @@ def _strings(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
             raise RowError(column, f"holds {item}")
     # A gold answer stored as a number loses nothing by being printed.
     printed = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in values]
-    return tuple(_check(item, column) for item in printed)
+    return tuple(check_text(item, column) for item in printed)
 
 
 def _prompt(prompt: object) -> dict[str, Any]:
     if isinstance(prompt, str):
-        return {"text": _check(prompt, "prompt")}
+        return {"text": check_text(prompt, "prompt")}
     if not isinstance(prompt, list | tuple) or not prompt:
         raise RowError("prompt", f"is {_kind(prompt)}, must be a string or a list of messages, and not empty")
     messages = []
     for message in prompt:
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
             raise RowError("prompt", f"holds a message without a role out of {', '.join(_ROLES)}")
-        messages.append({"role": message["role"], "content": _check(message.get("content"), "prompt")})
+        messages.append({"role": message["role"], "content": check_text(message.get("content"), "prompt")})
     if messages[-1]["role"] == "assistant":
         raise RowError("prompt", "ends with an assistant message; that one belongs in the column response")
     return {"messages": tuple(messages)}
@@ -231,7 +240,7 @@ def _ground_truth(reward_model: object) -> tuple[str, ...]:
     sentences = _strings({"reward_model": reward_model["ground_truth"]}, "reward_model")
     found = [extract_answer(sentence) for sentence in sentences]
     bare = [sentence if answer is None else answer for sentence, answer in zip(sentences, found, strict=True)]
-    return tuple(_check(answer, "reward_model") for answer in bare)
+    return tuple(check_text(answer, "reward_model") for answer in bare)
 
 
 def _verl_type(row: Mapping[str, Any]) -> str:

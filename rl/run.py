@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from ..engine.checkpoint import UNFINISHED, write_atomically
 
@@ -55,6 +55,10 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def timeline_file(self) -> Path:
+        return self.root / "timeline.jsonl"
 
     @property
     def unjudged_file(self) -> Path:
@@ -108,7 +112,7 @@ class RunFolder:
             self._lock = None
 
     def rewind(self, step: int, unfinished: Collection[str]) -> None:
-        """Cuts off metrics, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
+        """Cuts off metrics, time line, rollouts, evaluations and begun passes made after `step`, and the pools of `unfinished` phases."""
         if not self.writes:
             return
         for left in self.root.rglob(f"*{UNFINISHED}"):
@@ -116,6 +120,9 @@ class RunFolder:
         if self.metrics_file.exists():
             kept = [line for line in read_lines(self.metrics_file) if line["step"] <= step]
             write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.timeline_file.exists():
+            spans = [line for line in read_lines(self.timeline_file) if line["step"] <= step]
+            write_atomically(self.timeline_file, "".join(json.dumps(line) + "\n" for line in spans))
         for path in (self.root / "rollouts").glob("phase*/*.jsonl"):
             if int(path.stem) > step:
                 path.unlink()
@@ -152,6 +159,15 @@ class RunFolder:
             file.write(json.dumps(finite) + "\n")
             file.flush()
             os.fsync(file.fileno())  # not behind the checkpoint that may follow
+
+    def add_timeline(self, kind: str, stage: str, step: int, watch: Stopwatch) -> None:
+        """When each thing began and ended, in seconds after `at` (of the calendar's clock); a line lost to a kill is no harm."""
+        if not self.writes:
+            return
+        spans = [[name, round(start - watch.start, 6), round(end - watch.start, 6)] for name, start, end in watch.spans]
+        line = {"kind": kind, "stage": stage, "step": step, "at": watch.at, "spans": spans}
+        with self.timeline_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def write_lines(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         """A whole JSONL file or none."""
@@ -242,12 +258,25 @@ def _without_layout(recipe: str) -> Iterator[str]:
             yield line
 
 
+class Span(NamedTuple):
+    """When something began and ended, by `time.perf_counter`, which all threads share."""
+
+    name: str
+    start: float
+    end: float
+
+
 class Stopwatch:
-    """Seconds by name, under verl's names: `timing_s/gen` and so on. `note` is told what has begun."""
+    """Seconds by name, under verl's names: `timing_s/gen` and so on. `note` is told what has begun.
+
+    `spans` say when; those that `timed` adds of other threads have no seconds of their own.
+    """
 
     def __init__(self, note: Callable[[str], object] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
         self.note = note
+        self.at, self.start = time.time(), time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -256,7 +285,19 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.add(f"timing_s/{name}", time.perf_counter() - start)
+            end = time.perf_counter()
+            self.add(f"timing_s/{name}", end - start)
+            self.spans.append(Span(name, start, end))
+
+    def timed(self, name: str, spans: Iterable[tuple[float, float]]) -> None:
+        """What another thread has timed by `time.perf_counter`."""
+        self.spans += [Span(name, start, end) for start, end in spans]
+
+    def join(self, seconds: Mapping[str, float], spans: Iterable[Span]) -> None:
+        """What another watch has counted."""
+        for key, more in seconds.items():
+            self.add(key, more)
+        self.spans += spans
 
     def add(self, key: str, seconds: float) -> None:
         """To `key`, which is a metric's full name."""

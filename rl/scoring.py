@@ -22,6 +22,9 @@ from .rows import Example
 
 V = TypeVar("V")
 
+PAUSE = 0.005
+"""Seconds: a time line with thousands of rules of a few microseconds each would show nothing more."""
+
 
 class Ended(NamedTuple):
     """A completion that has ended."""
@@ -43,7 +46,8 @@ class Looked(Generic[V]):
 class Scoring(Generic[V]):
     """Of one batch of completions. `look` gives the rule's verdict and what to ask the judge, if anything.
 
-    `judge_seconds` is the time in which the judge had a case, `waited` the part of it that `results` waited for.
+    `judge_seconds` is the time in which the judge had a case, `waited` the part of it that `results` waited for;
+    `judge_spans` and `rule_spans` say when either was at work, pauses shorter than `PAUSE` left out.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class Scoring(Generic[V]):
         self._asking: set[asyncio.Task[list[float | None]]] = set()
         self._late = False
         self._since = 0.0
+        self.judge_spans: list[tuple[float, float]] = []
+        self.rule_spans: list[tuple[float, float]] = []
         self.judge_seconds = self.waited = 0.0
 
     def __enter__(self) -> Self:
@@ -123,7 +129,7 @@ class Scoring(Generic[V]):
 
     async def _batch(self, members: dict[int, Ended]) -> dict[int, Looked[V]]:
         loop = asyncio.get_running_loop()
-        looked = [await loop.run_in_executor(self._rules, self._look, ended) for ended in members.values()]
+        looked = [await loop.run_in_executor(self._rules, self._timed_look, ended) for ended in members.values()]
         cases = [case for _, case in looked if case is not None]
         assert self._judge is not None or not cases, "a case, and nobody to judge it"
         judged = iter(await self._ask(cases))
@@ -151,9 +157,25 @@ class Scoring(Generic[V]):
         finally:
             self._asking.discard(task)
             if not self._asking:
-                self.judge_seconds += time.perf_counter() - self._since
+                now = time.perf_counter()
+                self.judge_seconds += now - self._since
+                _extend(self.judge_spans, self._since, now)
+
+    def _timed_look(self, ended: Ended) -> tuple[V, Case | None]:
+        start = time.perf_counter()
+        try:
+            return self._look(ended)
+        finally:
+            _extend(self.rule_spans, start, time.perf_counter())
 
     async def _stop_asking(self) -> None:
         self._late = True
         for task in self._asking:
             task.cancel()
+
+
+def _extend(spans: list[tuple[float, float]], start: float, end: float) -> None:
+    if spans and start - spans[-1][1] < PAUSE:
+        spans[-1] = (spans[-1][0], end)
+    else:
+        spans.append((start, end))

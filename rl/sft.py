@@ -83,12 +83,13 @@ def sft_step(
     *,
     learning_rate: float,
     grad_clip: float,
+    watch: Stopwatch | None = None,
 ) -> dict[str, float]:
     """One update. The loss is divided by the examples of the whole batch, so micro-batches don't change it."""
-    watch = Stopwatch()
+    watch = watch or Stopwatch()
     sums: dict[str, Mean] = {}
     tokens = sum(len(g.completions[0]) for g in batch)
-    with watch("step"):
+    with watch("step"), watch("update_actor"):
         rows = pack_groups(batch, config.micro_batch_tokens)
         for turn in policy.ranks.rows([row.tokens for row in rows]):
             if turn is None:

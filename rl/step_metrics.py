@@ -32,6 +32,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def staleness(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+    """How many steps the policy had made since it sampled what this step trains on; where that is known (replays may not say)."""
+    ages = [step - 1 - r.version for group in groups for r in group.rollouts if r.version is not None]
+    return {"sampling/staleness/mean": mean_of(ages), "sampling/staleness/max": max(ages)} if ages else {}
+
+
 def mask_metrics(
     masked: Sequence[tuple[torch.Tensor, float]], entropy: float | None, negatives: bool
 ) -> dict[str, float]:
@@ -44,6 +50,19 @@ def mask_metrics(
     return {"entropy_mask/share": lost} | (
         {} if entropy is None else {"aepo/entropy": entropy, "aepo/masking": float(negatives)}
     )
+
+
+def mismatch_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The loss's metrics with the effective share of samples in the place of the two moments that it is made of.
+
+    (mean rho)^2 / mean rho^2: 1 where generator and trainer agree, 1/N where one token of N has all the weight.
+    """
+    moments = ("sampling/ratio/mean", "sampling/ratio/mean_square")
+    rest = {name: value for name, value in metrics.items() if name not in moments}
+    if moments[0] not in metrics:
+        return rest
+    mean, square = (metrics[name] for name in moments)
+    return {**rest, "sampling/effective_sample_size": mean**2 / square}
 
 
 def cost(groups: Sequence[RolloutGroup], watch: Stopwatch, device: torch.device) -> dict[str, float]:

@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -32,14 +32,14 @@ from .recipe import Recipe, to_toml
 from .report import write_report
 from .rewards import make_reward
 from .rollouts import RolloutGroup, Unjudged, regroup
-from .run import RunFolder, read_lines
+from .run import RunFolder, Stopwatch, read_lines
 from .sampler import PromptSampler
 from .seeds import derive, seed_everything
 from .serving.session import generating
 from .sft import sft_batch, sft_examples, sft_step, sft_steps
 from .sources import check_window, fingerprint, read_prompts
 
-Step = Callable[[int, float], dict[str, float]]
+Step = Callable[[int, float, Stopwatch], dict[str, float]]
 
 
 class Stopped(Exception):
@@ -175,10 +175,12 @@ class Run:
         if not groups:
             raise ValueError(f"sft: no row fits within sft.upper = {config.upper} tokens")
 
-        def one(step: int, learning_rate: float) -> dict[str, float]:
+        def one(step: int, learning_rate: float, watch: Stopwatch) -> dict[str, float]:
             batch = sft_batch(groups, config, self.recipe.run.seed, step)
             clip = self.recipe.optimizer.grad_clip
-            return sft_step(policy, self._optimizer(), batch, config, learning_rate=learning_rate, grad_clip=clip)
+            return sft_step(
+                policy, self._optimizer(), batch, config, learning_rate=learning_rate, grad_clip=clip, watch=watch
+            )
 
         self._steps(stage, sft_steps(len(groups), config), config.rates(), one)
 
@@ -200,11 +202,11 @@ class Run:
         if self.progress.entropy is not None:
             trainer.entropy.load(self.progress.entropy)
 
-        def one(step: int, learning_rate: float) -> dict[str, float]:
+        def one(step: int, learning_rate: float, watch: Stopwatch) -> dict[str, float]:
             number = self.progress.step + 1
             try:
                 metrics, groups = trainer.step(
-                    number, learning_rate, self._replayed(stage.name, number), self._unjudged(stage.name)
+                    number, learning_rate, self._replayed(stage.name, number), self._unjudged(stage.name), watch
                 )
             except Unjudged as error:
                 self._keep(error)
@@ -215,35 +217,50 @@ class Run:
                 self.folder.unjudged_file.unlink(missing_ok=True)
             self.progress.sampler = sampler.state()
             self.progress.entropy = trainer.entropy.state()
+            trainer.hand_over(number)
             return metrics
 
-        self._steps(stage, phase.steps, phase.rates(), one)
+        first = self.progress.step + 1
+        last = self.progress.step + phase.steps - self.progress.stage_step if self.context.replay is None else 0
+        with trainer.overlapping(first, last, self._unjudged_of(stage.name)) as alone:
+            self._steps(stage, phase.steps, phase.rates(), one, alone)
 
-    def _steps(self, stage: Stage, steps: int, schedule: Schedule, one: Step) -> None:
-        """The loop that all training stages share: evaluation where one is due, step, metrics line, checkpoint, Ctrl-C."""
+    def _steps(
+        self, stage: Stage, steps: int, schedule: Schedule, one: Step,
+        alone: Callable[[int], AbstractContextManager[object]] = lambda step: nullcontext(),
+    ) -> None:  # fmt: skip
+        """The loop that all training stages share: evaluation where one is due, step, metrics line, checkpoint, Ctrl-C.
+
+        `alone` makes the block in which an evaluation has the generator for itself.
+        """
         every = self.recipe.eval.every if stage.kind == "phase" and self.recipe.data.eval else 0
         while (done := self.progress.stage_step) < steps:
             if self._asked_to_stop() and self.progress.step > self.saved:
                 self._save()
             self._stop_if_interrupted()
             if every and done and done % every == 0:  # before the step: a run killed in it comes back to it
-                passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
+                with alone(self.progress.step), self._timed("evaluation", stage.name):
+                    passes.evaluation(self.context, f"{stage.name}-{done:06d}", self.progress.step)
             self.ranks.note(stage.name, self.progress.step + 1)
-            metrics = one(done, schedule.at(done, steps))
+            watch = Stopwatch()
+            metrics = one(done, schedule.at(done, steps), watch)
             done = self.progress.stage_step = done + 1
             self.progress.step += 1
             self.folder.add_metrics({"stage": stage.name, "step": self.progress.step, "stage_step": done, **metrics})
+            self.folder.add_timeline("step", stage.name, self.progress.step, watch)
             self.console.metrics(stage.name, done, steps, metrics)
             if done < steps and (done % self.recipe.run.save_every == 0 or (every and done % every == 0)):
                 self._save()
 
     def _eval(self, stage: Stage) -> None:
-        passes.evaluation(self.context, stage.name, self.progress.step)
+        with self._timed("evaluation", stage.name):
+            passes.evaluation(self.context, stage.name, self.progress.step)
         passes.summary(self.folder, [s.name for s in stages_of(self.recipe) if s.kind == "eval"])
 
     def _pool(self, stage: Stage) -> None:
         following = self.recipe.phases[stage.index + 1]
-        passes.pool(self.context, stage.name, self.progress.members, following, self.progress.step)
+        with self._timed("difficulty", stage.name):
+            passes.pool(self.context, stage.name, self.progress.members, following, self.progress.step)
 
     def _stage_done(self, stage: Stage) -> None:
         """Moves on. What a training stage made is saved; passes are in files of their own."""
@@ -266,15 +283,24 @@ class Run:
         keep = self.recipe.run.keep_checkpoints
         self.ranks.note("checkpoint", self.progress.step)
         try:
-            self.checkpoint = state.save(
-                self.context.policy, self.optimizer, self.progress, self.folder.checkpoints, keep
-            )
+            with self._timed("checkpoint", ""):
+                self.checkpoint = state.save(
+                    self.context.policy, self.optimizer, self.progress, self.folder.checkpoints, keep
+                )
             self.saved = self.progress.step
         except OSError as error:
             good = self.checkpoint or "none yet"
             self.console.warn(
                 f"no checkpoint of step {self.progress.step}: {error}; last good one: {good}; training goes on"
             )
+
+    @contextmanager
+    def _timed(self, kind: str, stage: str) -> Iterator[None]:
+        """Puts what is no step, and went well, on the time line."""
+        watch = Stopwatch()
+        with watch(kind):
+            yield
+        self.folder.add_timeline(kind, stage, self.progress.step, watch)
 
     def _reference(self, stage: Stage) -> Policy | None:
         """The policy as it was when RL began, loaded from the run folder; None while the KL term has no weight."""
@@ -312,6 +338,12 @@ class Run:
         """Whether any rank was interrupted: signals come at different moments, and all must stop at the same one."""
         self.interrupted = self.ranks.any(self.interrupted)
         return self.interrupted
+
+    def _unjudged_of(self, stage: str) -> Callable[[int], list[RolloutGroup]]:
+        """By step, for rank 0: what `_unjudged` gives of the one that it is of."""
+        kept = self._unjudged(stage)
+        step = kept[0].rollouts[0].step if kept else 0
+        return lambda number: kept if number == step else []
 
     def _unjudged(self, stage: str) -> list[RolloutGroup]:
         """What the step before us, this one, had sampled when the judge failed it."""

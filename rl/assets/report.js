@@ -1,7 +1,7 @@
 // The page, section by section, from the JSON embedded in it.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { metrics, accuracy, pools, agreement, samples, recipe, status } = data;
+const { metrics, accuracy, pools, agreement, behaviours, time, samples, recipe, status } = data;
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 
 function section(id, short, title, lead, ...content) {
@@ -155,6 +155,22 @@ function drawCurves() {
   section("curves", "Curves", "Learning curves", "One point per step, stages shaded. Point at a curve, or focus one and use the arrow keys, to read all of them at that step.", h("div", { class: "grid" }, cards), more);
 }
 
+const PARTS = { gen: "generation", reward: "waiting for rewards", old_log_prob: "old log-probs", ref: "reference", update_actor: "update", other: "other" };
+
+function drawTime() {
+  const place = h("div"), shown = time.lines, pass = Object.entries(time.passes).map(([kind, seconds]) => `${kind} ${duration(seconds)}`).join(", ");
+  const choice = h("select", { on: { change: () => place.replaceChildren(laneChart(shown[Number(choice.value)], PARTS)) } },
+    shown.map((line, at) => h("option", { value: at, selected: at === shown.length - 1 }, `step ${format(line.step)}, ${line.stage}`)));
+  if (shown.length) place.replaceChildren(laneChart(shown.at(-1), PARTS));
+  const used = time.parts.filter((part, at) => time.bars.some((bar) => bar.seconds[at] > 0));
+  const rows = time.stages.map((stage) => h("tr", {}, h("td", { class: "text" }, stageName(stage.stage)), [format(stage.steps), ...[stage.step, ...used.map((part) => stage[part]), stage.rules, stage.judge].map((seconds) => seconds.toFixed(2)), stage.judge > 0 ? (stage.hidden / stage.judge * 100).toFixed(0) + " %" : "–"].map((value) => h("td", {}, value))));
+  const head = ["stage", "steps", "step", ...used.map((part) => PARTS[part]), "rules at work", "judge at work", "of it hidden"];
+  section("time", "Time", "Where a step's seconds go", "From timeline.jsonl. Rules and judge work beside generation: what generation hides of them costs nothing, what is left is waited for. The longreach trace command writes the same for ui.perfetto.dev." + (pass ? ` Apart from steps: ${pass}.` : ""),
+    time.bars.length > 0 && h("div", { class: "two" }, h("div", { class: "card" }, timeBars(time.bars, time.parts, used, PARTS)),
+      h("div", { class: "card" }, h("div", { class: "filters single" }, h("label", {}, "Time line of", choice)), place)),
+    h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)), rows, "Mean seconds a step")));
+}
+
 function drawPool(pool) {
   const reasons = pool.reasons.map((item) => h("tr", {}, h("td", {}, item.selected ? "selected" : "left"), h("td", { class: "why" }, item.why), h("td", {}, format(item.n))));
   const columns = ["prompt", "benchmark", "tokens", "mean reward", "difficulty", "samples", "selected", "why"];
@@ -174,6 +190,32 @@ function drawAgreement() {
     [format(row.both), format(row.rule_only), share(row.rule_only, row.both + row.rule_only), format(row.judge_only), share(row.judge_only, row.judge_only + row.neither), format(row.neither)].map((text) => h("td", {}, text))));
   section("agreement", "Agreement", "Rule and judge", "Completions that both have scored. “Rule yes, judge no” that grows over the stages is the mark of a gamed rule, “rule no, judge yes” of a rule too strict or of a judge that is talked into it. The judge sees only a share of what the rule accepts (reward.judge.audit), so compare shares, not counts; the completions in question are found below by their reasons “disputed” and “judged_correct”.",
     h("div", { class: "card scroll" }, table(heads.map(([text, kind]) => h("th", { scope: "col", class: kind ?? null }, text)), rows)));
+}
+
+function drawBehaviours() {
+  const names = { grounding: "Grounding", subgoal_setting: "Subgoal setting", backtracking: "Backtracking", verification: "Verification" };
+  const text = (estimate) => (estimate?.mean == null ? "–" : [estimate.mean.toFixed(2), h("span", { class: "pm" }, estimate.stderr === null ? "n < 2" : "± " + estimate.stderr.toFixed(2))]);
+  const share = (value) => (value === null ? "–" : value.toFixed(2));
+  const trained = behaviours.points.filter((point) => point.kind === "training"), cards = [];
+  const course = (read) => ({ step: trained.map((point) => point.step), stage: trained.map((point) => point.stage), series: read });
+  for (const name of trained.length ? behaviours.behaviours : []) {
+    const series = { lexical: trained.map((point) => point.lexical[name].mean) };
+    if (behaviours.judge) series.judge = trained.map((point) => point.judge?.[name].mean ?? null);
+    const known = [["lexical", "by words"], ["judge", "by the judge"]].filter(([key]) => series[key]?.some((value) => value !== null)).map(([key, label]) => ({ name: key, label }));
+    if (known.length) cards.push(lineChart(course(series), names[name], known, { unit: "instances per response", zero: true }));
+  }
+  if (trained.some((point) => point.score.mean !== null)) cards.push(lineChart(course({ score: trained.map((point) => point.score.mean) }), "Score of the same responses", [{ name: "score", label: "mean" }], { zero: true, one: true }));
+  if (trained.length) cards.push(lineChart(course({ characters: trained.map((point) => point.characters.mean) }), "Length of the same responses", [{ name: "characters", label: "mean" }], { unit: "characters of reasoning", zero: true }));
+  const counters = behaviours.judge ? ["lexical", "judge"] : ["lexical"], head = ["stage", "from", "step", "responses", "counted", ...behaviours.behaviours.map((name) => names[name]), "score"];
+  const ends = [trained[0], trained.at(-1)].filter((point, at, both) => point && both.indexOf(point) === at);
+  const rows = [...ends, ...behaviours.points.filter((point) => point.kind !== "training")].flatMap((point) => counters.map((counter, at) => h("tr", {}, h("td", { class: "text" }, at ? "" : stageName(point.stage)), h("td", { class: "text" }, at ? "" : point.kind),
+    h("td", {}, at ? "" : format(point.step)), h("td", {}, at ? point.judge ? format(point.n - point.judge.failed) : "–" : format(point.n)), h("td", { class: "text" }, at ? "by the judge" : "by words"), behaviours.behaviours.map((name) => h("td", {}, text(point[counter]?.[name]))), h("td", {}, at ? "" : text(point.score)))));
+  const pairs = behaviours.comparison ?? [], asked = behaviours.points.filter((point) => point.judge), sum = (key) => asked.reduce((total, point) => total + point.judge[key], 0);
+  const compared = pairs.length > 0 && h("div", { class: "card scroll" }, table(["behaviour", "responses", "by words", "by the judge", "rank correlation", "equal counts", "steps", "rank correlation of the steps"].map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)),
+    pairs.map((pair) => h("tr", {}, h("td", { class: "text" }, names[pair.behaviour]), [format(pair.n), share(pair.lexical), share(pair.judge), share(pair.spearman), share(pair.equal), format(pair.steps), share(pair.spearman_steps)].map((value) => h("td", {}, value)))),
+    `Both counters over the same responses (Spearman, ties at their mean rank). Judge ${behaviours.judge.name}: ${format(sum("failed"))} response(s) without a count, ${format(sum("invented"))} of ${format(sum("listed"))} listed instance(s) not found in the response and left out`));
+  section("behaviours", "Behaviours", "Behaviours in the reasoning", `Average count per response of grounding, subgoal setting, backtracking and verification (as in QwenLong-L1's figure 7), in at most ${format(behaviours.samples)} responses a step, ± one standard error clustered by question. ` + (behaviours.judge ? "" : "Counted by words alone: give longreach behaviours a judge to set beside them. ") + "A longer response has room for more of everything, so look at the length too.",
+    h("div", { class: "grid" }, cards), h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: [0, 1, 4].includes(at) ? "text" : null }, title)), rows)), compared);
 }
 
 function rewardKind(value) {
@@ -240,7 +282,9 @@ function drawCompletions() {
 drawTop();
 drawAccuracy();
 drawCurves();
+if (time !== null) drawTime();
 if (pools.length) section("pool", "Pool", "Retrospective pool", "Difficulty of each prompt after a phase (1 / mean reward), and the hard ones carried into the next phase.", h("div", { class: "stack" }, pools.map(drawPool)));
 if (agreement.length) drawAgreement();
+if (behaviours !== null) drawBehaviours();
 drawCompletions();
 if (recipe.text !== null) section("recipe", "Recipe", "Recipe", "Resolved: every key that was used, defaults and overrides included.", h("pre", { tabindex: 0 }, recipe.text));

@@ -203,3 +203,46 @@ function histogramChart(histogram) {
   return h("div", { class: "chart" }, svg, h("div", { class: "legend" },
     h("span", {}, h("i", { class: "dot c-s2" }), "selected"), h("span", {}, h("i", { class: "dot c-base" }), "left")));
 }
+
+const partClass = (names, name) => "p-" + names.indexOf(name);
+
+function timeBars(bars, parts, used, titles) {
+  const W = 460, H = 300, L = 44, R = 8, T = 12, B = 36;
+  const totals = bars.map((bar) => bar.seconds.reduce((sum, value) => sum + value, 0)), most = Math.max(...totals, 1e-9);
+  const wide = (W - L - R) / bars.length, tall = (value) => (value / most) * (H - T - B);
+  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "seconds of each step by what they were spent on; means stand in the table" });
+  for (const tick of ticks(0, most, 4)) {
+    svg.append(s("line", { class: "gridline", x1: L, x2: W - R, y1: H - B - tall(tick), y2: H - B - tall(tick) }));
+    svg.append(s("text", { x: L - 6, y: H - B - tall(tick) + 4, "text-anchor": "end" }, tick === 0 ? "0" : format(tick)));
+  }
+  bars.forEach((bar, at) => {
+    let below = 0;
+    bar.seconds.forEach((value, part) => {
+      if (value <= 0) return;
+      svg.append(s("rect", { class: "bar " + partClass(parts, parts[part]), x: (L + wide * at + wide * 0.06).toFixed(2), width: (wide * 0.88).toFixed(2), y: (H - B - tall(below + value)).toFixed(2), height: tall(value).toFixed(2) },
+        s("title", {}, `step ${format(bar.step)}, ${bar.stage}: ${titles[parts[part]]} ${format(value)} s of ${format(totals[at])}`)));
+      below += value;
+    });
+  });
+  const every = Math.max(1, Math.ceil(bars.length / 8));
+  bars.forEach((bar, at) => at % every === 0 && svg.append(s("text", { x: L + wide * (at + 0.5), y: H - B + 15, "text-anchor": "middle" }, format(bar.step))));
+  svg.append(s("text", { x: L + (W - L - R) / 2, y: H - 4, "text-anchor": "middle" }, "step"), s("text", { x: 2, y: T - 2 }, "s"));
+  return h("div", { class: "chart" }, svg, h("div", { class: "legend" }, used.map((part) => h("span", {}, h("i", { class: "dot " + partClass(parts, part) }), titles[part]))));
+}
+
+function laneChart(line, titles) {
+  const lanes = ["generation", "rules", "judge", "waiting for rewards", "training", "weights to the server", "other"].filter((lane) => line.spans.some(([where]) => where === lane));
+  const W = 460, L = 118, R = 10, T = 6, ROW = 34, H = T + lanes.length * ROW + 34, names = Object.keys(titles);
+  const from = Math.min(...line.spans.map((span) => span[2]), 0), to = Math.max(...line.spans.map((span) => span[3]), from + 1e-9), x = (second) => L + ((second - from) / (to - from)) * (W - L - R);
+  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `time line of step ${line.step}` });
+  for (const tick of ticks(from, to, 5)) {
+    svg.append(s("line", { class: "gridline", x1: x(tick), x2: x(tick), y1: T, y2: H - 32 }));
+    svg.append(s("text", { x: x(tick), y: H - 18, "text-anchor": "middle" }, tick === 0 ? "0" : format(tick)));
+  }
+  lanes.forEach((lane, at) => svg.append(s("text", { x: L - 8, y: T + at * ROW + ROW / 2 + 4, "text-anchor": "end" }, lane)));
+  for (const [lane, name, start, end] of line.spans)
+    svg.append(s("rect", { class: "bar " + (names.includes(name) ? partClass(names, name) : "p-side"), x: x(start).toFixed(2), width: Math.max(0.6, x(end) - x(start)).toFixed(2), y: T + lanes.indexOf(lane) * ROW + 5, height: ROW - 10 },
+      s("title", {}, `${titles[name] ?? name}: ${format(end - start)} s, from ${format(start)} to ${format(end)}`)));
+  svg.append(s("text", { x: L + (W - L - R) / 2, y: H - 3, "text-anchor": "middle" }, "seconds after the step began"));
+  return h("div", { class: "chart" }, svg);
+}

@@ -33,7 +33,7 @@ class Job:
     place: int
     name: str
     ids: Sequence[int]
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ they are not those it began with, `hand_over` brings them, and without one the r
 from __future__ import annotations
 
 import asyncio
+import copy
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +21,10 @@ from ...engine.generate import OnDone, prompt_seeds
 from ..background import Background
 from ..policy import Policy
 from ..prompts import Prompt
+from ..ranks import Ranks
 from . import replies
 from .asking import Asking, Batch, Job, well
-from .command import server_command, server_settings
+from .command import seeded, server_command, server_settings
 from .config import ServingConfig
 from .http import ServerError, get, post
 from .pool import Host, Pool
@@ -37,6 +40,8 @@ _BEAT_S = 10.0
 """Ranks that wait for completions hear from rank 0 at least so often: no collective lasts as long as a generation."""
 
 _ASK_S = 60.0
+_LOOK_S = 0.5
+"""How soon a generation notices that it was called off."""
 
 
 class VllmGenerator:
@@ -50,6 +55,7 @@ class VllmGenerator:
         self._home, self._say, self._ranks = home, say, policy.ranks
         self._hosts: list[Host] = []
         self._background: Background | None = None
+        self._off = threading.Event()
 
     @property
     def servers(self) -> list[str]:
@@ -92,6 +98,22 @@ class VllmGenerator:
         if self._ranks.main:
             self._asking.counts.clear()
         return {f"rollout/{name}": float(taken.get(f"rollout/{name}", 0)) for name in _COUNTED}
+
+    def refresh(self) -> None:
+        """See `Generator`."""
+        behind = self._ranks.together(self._behind, lambda: None)
+        if behind:
+            self._bring_in_step(behind)
+
+    def beside(self, policy: Policy) -> VllmGenerator:
+        """See `Generator`. It must have been started."""
+        made = copy.copy(self)
+        made.policy, made.hand_over, made._ranks, made._off = policy, None, Ranks(), threading.Event()
+        return made
+
+    def call_off(self) -> None:
+        """See `Generator`."""
+        self._off.set()
 
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
@@ -142,15 +164,24 @@ class VllmGenerator:
         ]  # fmt: skip
 
     async def _all_up(self, window: int) -> None:
-        for done in asyncio.as_completed([self._up(host, window) for host in self._hosts]):
-            await done
+        tasks = [asyncio.create_task(self._up(host, window)) for host in self._hosts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # the first failure is the message; the others needn't be waited for
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _up(self, host: Host, window: int) -> None:
         if host.server is not None:
             await host.server.ready(self.config.start_timeout_s)
         else:
             await self._asking.bring_up(host)
-        await _check(host.url, window)
+        try:
+            await _check(host.url, window)
+        except ServerError as error:
+            told = f"; {host.server.tail()}" if host.server is not None else ""
+            raise ServerError(host.url, f"{error.reason}{told}", error.status) from None
         version = 0 if host.server is not None or await _untouched(host.url) else None
         await self._asking.pool.now(host, up=True, version=version)
 
@@ -161,12 +192,12 @@ class VllmGenerator:
     def _stream(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int) -> Iterator[Message]:
         """What rank 0 tells all of them, at least every few seconds until all groups are there."""
         assert self._background is not None, "it was started"
-        seeds = prompt_seeds(seed, len(prompts))
-        jobs = [Job(i, p.example.id, p.ids, s >> 1) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
+        own = seeded(self.policy, self.config)
+        seeds = [each >> 1 if own else None for each in prompt_seeds(seed, len(prompts))]  # vLLM counts on from it
+        jobs = [Job(i, p.example.id, p.ids, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
         vocabulary = self.policy.model.config.get_text_config().vocab_size
         batch = Batch(group_size, sampling, self.policy.stop_ids, vocabulary)
-        version = self.policy.version
-        yield [], [host.url for host in self._background.submit(self._asking.pool.behind(version)).result()]
+        yield [], self._behind()
         under_way = self._background.submit(self._asking.groups(jobs, batch))
         try:
             while True:
@@ -174,14 +205,24 @@ class VllmGenerator:
         finally:
             under_way.cancel()
 
+    def _behind(self) -> list[str]:
+        assert self._background is not None
+        lacking = self._background.submit(self._asking.pool.behind(self.policy.version)).result()
+        return [host.url for host in lacking]
+
     def _next(self, batch: Batch) -> Message:
         finished: list[tuple[int, list[Completion]]] = []
         behind: list[str] = []
         wait = _BEAT_S
         while True:
+            if self._off.is_set():
+                raise ValueError("sampling was called off")
             try:
-                event = self._asking.events.get(timeout=wait)
+                event = self._asking.events.get(timeout=min(wait, _LOOK_S))
             except queue.Empty:
+                wait -= _LOOK_S
+                if wait > 0:
+                    continue
                 return finished, behind
             wait = 1e-3  # what else is there goes along
             if isinstance(event, ServerError):
@@ -222,7 +263,7 @@ async def _check(url: str, window: int) -> None:
             f"{url} serves sequences of at most {length} tokens, and the recipe's longest prompt with its completion has {window}: "
             f"start it with --max-model-len {window}"
         )
-    probe: dict[str, Any] = replies.order([1, 2, 3], 1, Sampling(1, top_k=1), (), 0)
+    probe: dict[str, Any] = replies.order([1, 2, 3], 1, Sampling(1, top_k=1), (), None)
     try:
         reply = await post(url, replies.PATH, probe, deadline=_ASK_S)
     except ServerError as error:

@@ -16,6 +16,9 @@ from ..policy import Policy, model_source
 from .config import ServingConfig
 
 GIB = 1 << 30
+_BATCHED_TOKENS = 8192
+"""Of prompts in one forward, where each must be whole."""
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -32,8 +35,12 @@ def server_command(policy: Policy, config: ServingConfig, window: int) -> list[s
         # what requests rely on: token ids in and out, log-probs of the distribution sampled from, nothing of
         # generation_config.json that wasn't asked for, one prefill for a group
         "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-        "--enable-prefix-caching", "--enable-chunked-prefill",
+        "--enable-prefix-caching",
     ]  # fmt: skip
+    if seeded(policy, config) and without_gpu:  # a chunk takes back a draw, which a generator of the CPU can't
+        command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, _BATCHED_TOKENS))]
+    else:
+        command += ["--enable-chunked-prefill"]
     if config.eager if config.eager is not None else without_gpu:
         command += ["--enforce-eager"]
     if config.cache_gib or without_gpu:
@@ -44,6 +51,11 @@ def server_command(policy: Policy, config: ServingConfig, window: int) -> list[s
     if stretched := _stretched(policy):
         command += ["--hf-overrides", json.dumps(stretched)]
     return [*command, *config.args]
+
+
+def seeded(policy: Policy, config: ServingConfig) -> bool:
+    """Whether each prompt has a random stream of its own."""
+    return policy.model.device.type != "cpu" if config.seeded is None else config.seeded
 
 
 def server_settings(config: ServingConfig, index: int) -> dict[str, str]:

@@ -31,7 +31,10 @@ class ServingConfig(GeneratorConfig):
     such as "0,1"; empty: all), with `args` behind our own arguments and with the variables of [generator.environment].
     `dtype` empty is what the trainer computes in. `max_model_len` 0 is what the recipe's longest prompt with its completion
     takes. `eager` runs without compiled graphs (left out: where there is no GPU). `cache_gib` of keys and values (0: without
-    a GPU two prompts of that length or one GiB, else vLLM's own share of the GPU's memory).
+    a GPU two prompts of that length or one GiB, else vLLM's own share of the GPU's memory). `seeded` gives each prompt its
+    random stream, so that the same call has the same completions where the same numbers come out of the model (left out:
+    where there is a GPU; without one, vLLM 0.32 dies of a seed as soon as a prompt is computed in chunks, so then they
+    are not).
 
     At most `concurrency` groups are under way at a server. A group that isn't there `deadline_s` seconds after it was
     asked for, or not as it was ordered, is queued again, in all for `tries` tries. A server must answer within
@@ -48,6 +51,7 @@ class ServingConfig(GeneratorConfig):
     max_model_len: int = 0
     eager: bool | None = None
     cache_gib: float = 0.0
+    seeded: bool | None = None
     args: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     concurrency: int = 64

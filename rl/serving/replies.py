@@ -40,7 +40,7 @@ def order(
         "token_ids": list(ids),
         "stream": False,
         "sampling_params": {
-            "n": 1 if greedy else group_size, "max_tokens": sampling.max_completion, "seed": seed,
+            "n": 1 if greedy else group_size, "max_tokens": sampling.max_completion, **({} if seed is None else {"seed": seed}),
             "temperature": sampling.temperature, "top_p": 1.0 if greedy else sampling.top_p,
             "top_k": 0 if greedy else sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
             "frequency_penalty": 0.0, "min_tokens": 0, "stop_token_ids": sorted(stop_ids),

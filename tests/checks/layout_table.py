@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 BEGIN, END = "<!-- layout: made by `make layout` -->", "<!-- end of layout -->"
-FOLDERS = ("kernels", "kernels/checks", "kernels/experimental", "engine", "rl", "rl/synthetic")
+TOPS = ("kernels", "engine", "rl")
 
 
 def phrase(path: Path) -> str:
@@ -20,10 +20,16 @@ def phrase(path: Path) -> str:
     return first.rstrip(".").replace("|", "\\|")
 
 
+def folders(root: Path) -> list[str]:
+    """The product's packages: each of the three with those inside it."""
+    found = (path.parent for top in TOPS for path in sorted((root / top).rglob("__init__.py")))
+    return [folder.relative_to(root).as_posix() for folder in found]
+
+
 def section(root: Path) -> str:
     """One list a folder."""
     parts = []
-    for folder in FOLDERS:
+    for folder in folders(root):
         files = sorted(path for path in (root / folder).glob("*.py") if path.name != "__init__.py")
         lines = [f"**{folder}/** {phrase(root / folder / '__init__.py')}", ""]
         lines += [f"- `{path.name}`: {phrase(path)}" for path in files]

@@ -182,3 +182,39 @@ def test_what_sampled_the_sequence_is_the_generator_where_it_is_known() -> None:
         )
         assert g.tolist() == [0.0] * 4 + [1.0] * 6
         assert got.metrics["sampling/off_policy_masked_mean"].value == pytest.approx(0.4)
+
+
+def apart(got: PolicyLoss) -> dict[str, float]:
+    names = (
+        "sampling_logp_difference/mean",
+        "sampling_logp_difference/max",
+        "k3_kl",
+        "ratio/mean",
+        "ratio/mean_square",
+    )
+    return {name: got.metrics[f"sampling/{name}"].value for name in names}
+
+
+def test_how_far_the_two_are_apart_is_measured_corrected_or_not() -> None:
+    want = {
+        "sampling_logp_difference/mean": sum(map(abs, GAPS)) / 10,
+        "sampling_logp_difference/max": 2.5,
+        "k3_kl": sum(math.exp(x) - 1 - x for x in GAPS) / 10,
+        "ratio/mean": sum(map(math.exp, GAPS)) / 10,
+        "ratio/mean_square": sum(math.exp(2 * x) for x in GAPS) / 10,
+    }
+    for options in ({}, {"importance_cap": 1.2}, {"importance_range": (0.5, 5.0), "importance_level": "sequence"}):
+        assert apart(run(**options)[1]) == pytest.approx(want)
+
+
+def test_the_greatest_difference_is_of_what_counts_and_adds_up() -> None:
+    keep = [1.0] * 8 + [0.0, 0.5]
+    _, first = run(keep=keep)
+    name = "sampling/sampling_logp_difference/max"
+    assert first.metrics[name].value == pytest.approx(2.0)  # the token that is 2.5 apart has no weight
+    _, second = run([x / 10 for x in GAPS])
+    for one, other in ((first, second), (second, first)):
+        assert (one.metrics[name] + other.metrics[name]).value == pytest.approx(2.0)
+    _, nothing = run(keep=[0.0] * 10)
+    assert math.isnan(nothing.metrics[name].value)
+    assert (nothing.metrics[name] + second.metrics[name]).value == pytest.approx(0.25)

@@ -94,7 +94,7 @@ class Server:
         while (line := file.readline().decode().strip()) != "":
             name, _, value = line.partition(":")
             headers[name.title()] = value.strip()
-        body = json.loads(file.read(int(headers["Content-Length"])))
+        body = json.loads(file.read(int(headers.get("Content-Length", 0))) or b"{}")  # a GET has none
         with self.lock:
             number = len(self.bodies)
             self.bodies.append(body)

@@ -42,4 +42,4 @@ def test_progress_is_a_plain_line_now_and_then(
         for _ in range(10):
             now[0] += 4.0
             advance()
-    assert capsys.readouterr().out == "evaluating base: 4/10\nevaluating base: 8/10\n"
+    assert capsys.readouterr().out == "evaluating base: 4/10, 0:00:24 left\nevaluating base: 8/10, 0:00:08 left\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from longreach.rl.data import BadRow, DataConfig, Example, read_examples
+from longreach.rl.rows import LeftOut, RowError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 GOOD = {"context": "Paris is a city.", "question": "What is Paris?", "answers": ["a city"]}
@@ -272,6 +275,76 @@ def test_config_is_checked() -> None:
         DataConfig(truncate="middle")
     with pytest.raises(ValueError, match="limit is 0"):
         DataConfig(limit=0)
+
+
+def test_archives_of_files(tmp_path: Path) -> None:
+    archive = tmp_path / "data.zip"
+    pq.write_table(pa.Table.from_pylist([GOOD, GOOD]), tmp_path / "b.parquet")
+    with zipfile.ZipFile(archive, "w") as written:
+        written.writestr("data/a.jsonl", json.dumps(GOOD) + "\n")
+        written.writestr("data/c.json", json.dumps([GOOD]))
+        written.writestr("__MACOSX/data/._a.jsonl", "junk")
+        written.writestr("data/readme.txt", "junk")
+        written.write(tmp_path / "b.parquet", "data/b.parquet")
+    assert [example.id for example in read_examples(archive).examples] == ["a-0", "b-0", "b-1", "c-0"]
+    archive.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"data\.zip: not a zip archive"):
+        read_examples(archive)
+    with zipfile.ZipFile(archive, "w") as written:
+        written.writestr("readme.txt", "junk")
+    with pytest.raises(ValueError, match=r"data\.zip: no \.jsonl, .* file in it"):
+        read_examples(archive)
+
+
+def test_one_file_of_many_by_its_name(tmp_path: Path) -> None:
+    for stem in ("hotpotqa", "hotpotqa_e", "musique-dev", "musique-test", "other"):
+        write(tmp_path / f"{stem}.jsonl", GOOD)
+    assert read_examples(tmp_path, stems=("hotpotqa",)).files == [str(tmp_path / "hotpotqa.jsonl")]
+    assert read_examples(tmp_path, stems=("x", "musique"), split="dev").files == [str(tmp_path / "musique-dev.jsonl")]
+    assert len(read_examples(tmp_path, stems=("musique",)).files) == 2
+    with pytest.raises(ValueError, match=r"no file of the name qasper or paper among hotpotqa, .*give the file itself"):
+        read_examples(tmp_path, stems=("qasper", "paper"))
+
+
+def test_one_object_over_many_lines_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps(GOOD, indent=indent))
+        assert [example.id for example in read_examples(path).examples] == ["one-0"]
+    path.write_text('{\n"context": ')
+    with pytest.raises(ValueError, match=r"one\.json, row 1, row: is not valid JSON"):
+        read_examples(path)
+
+
+def test_a_parser_may_make_many_examples_of_a_row_or_leave_it_out(tmp_path: Path) -> None:
+    def parse(row: Any, default_id: str, benchmark: str) -> Iterator[Example | RowError]:
+        if row == 0:
+            raise LeftOut("row", "is zero")
+        for index in range(row):
+            if index == 3:
+                yield RowError("third", "is one too many")
+            else:
+                yield Example(f"{default_id}.{index}", benchmark, ("x",), text="t")
+
+    path = write(tmp_path / "n.jsonl", 2, 0, 5, 1)
+    result = read_examples(path, parse=parse, skip_bad_rows=True, set_aside=tmp_path / "bad.jsonl")
+    assert [example.id for example in result.examples] == [
+        "n-0.0",
+        "n-0.1",
+        "n-2.0",
+        "n-2.1",
+        "n-2.2",
+        "n-2.4",
+        "n-3.0",
+    ]
+    assert result.left_out == [BadRow(str(path), 2, "row", "is zero")]
+    assert result.bad == [BadRow(str(path), 3, "third", "is one too many")]
+    assert [json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [3]
+    assert [example.id for example in read_examples(path, parse=parse, limit=4).examples][-1] == "n-2.1"
+    with pytest.raises(ValueError, match=r"row 3, third: is one too many"):
+        read_examples(path, parse=parse)
+    with pytest.raises(ValueError, match=r"no usable row \(0 bad ones, 1 left out\); .*row 1, row: is zero"):
+        read_examples(write(path, 0), parse=parse)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real documents are not here")

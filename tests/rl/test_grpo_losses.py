@@ -19,8 +19,9 @@ from longreach.kernels import policy_loss
 from longreach.kernels.policy_loss import KINDS
 from longreach.kernels.policy_objective import COMMON_OPTIONS
 from longreach.rl.config import build
+from longreach.rl.console import Console
 from longreach.rl.grpo import GrpoTrainer, Minibatch, Sample
-from longreach.rl.grpo_config import GrpoConfig
+from longreach.rl.grpo_config import FOREIGN_CAP, GrpoConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.rollouts import RolloutGroup
@@ -165,6 +166,8 @@ def test_kinds_that_pull_compute_completions_without_an_advantage_too(
         ({"options": {"entropy_weight": 0.1}}, "rl.options.entropy_weight stands in [rl] itself"),
         ({"importance_range": [2.0]}, "importance_range must be a pair (low, high), got (2.0,)"),
         ({"importance_range": [2.0, 1.0]}, "importance_range needs 0 <= low < high, got (2.0, 1.0)"),
+        ({"importance": "of"}, "rl.importance 'of' is not known: auto or off"),
+        ({"importance": "off", "importance_cap": 2.0}, "leave out one or the other"),
         ({"importance_level": "group"}, "unknown importance_level 'group'"),
         ({"kind": "vespo", "importance_cap": 2.0, "importance_level": "sequence"}, "use 'token'"),
         ({"off_policy_threshold": 0.0}, "off_policy_threshold must be positive, got 0.0"),
@@ -186,3 +189,60 @@ def test_kinds_that_pull_compute_completions_without_an_advantage_too(
 def test_what_does_not_go_together_is_refused_with_its_name(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         build(GrpoConfig, keys, "rl")
+
+
+def test_a_generator_that_is_another_program_is_corrected_unless_the_recipe_says_how() -> None:
+    assert GrpoConfig().loss_options(foreign=True)["importance_cap"] == FOREIGN_CAP
+    assert "importance_cap" not in GrpoConfig().loss_options()
+    assert "importance_cap" not in GrpoConfig(importance="off").loss_options(foreign=True)
+    masked = GrpoConfig(importance_sequence_range=(0.5, 1.5)).loss_options(foreign=True)
+    assert masked == {**GrpoConfig(importance_sequence_range=(0.5, 1.5)).loss_options()}
+    assert "importance_cap" not in masked
+
+
+class Listening(Console):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.heard: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_without_the_kept_mass_nothing_is_corrected_and_one_warning_says_so(
+    policy: Policy, groups: Groups, make_trainer: Make
+) -> None:
+    """A server that samples with top_p < 1 and doesn't tell what it cut off: old log-probs alone, as if no correction were set."""
+    console = Listening()
+    corrected: GrpoTrainer = make_trainer(policy, GrpoConfig(**COMMON), sampling=SAMPLING)
+    others = {name: value for name, value in COMMON.items() if not name.startswith("importance_")}
+    plain: GrpoTrainer = make_trainer(policy, GrpoConfig(**others), sampling=SAMPLING)
+    minibatch = prepared(corrected, groups)
+    known = gradient(corrected, minibatch)
+    for _, samples in minibatch:
+        for s in samples[:1]:  # one of an update is enough
+            s.rollout = replace(s.rollout, kept_logmass=())
+    corrected.console = console
+    found = gradient(corrected, minibatch)
+    corrected.console = console
+    gradient(corrected, minibatch)
+    assert torch.equal(found, gradient(plain, minibatch)) and not torch.equal(found, known)
+    assert len(console.heard) == 1
+    assert "importance_cap, importance_range, importance_sequence_range are off" in console.heard[0]
+    metrics: dict[str, Any] = {}
+    corrected.gradient(minibatch, metrics)
+    assert not any("importance_sampling" in name for name in metrics), "no ratio of two measures is reported"
+
+
+def test_without_a_correction_nothing_is_warned_of(policy: Policy, groups: Groups, make_trainer: Make) -> None:
+    console = Listening()
+    trainer: GrpoTrainer = make_trainer(policy, GrpoConfig(), sampling=SAMPLING)
+    trainer.console = console
+    minibatch = prepared(trainer, groups)
+    for _, samples in minibatch:
+        for s in samples:
+            s.rollout = replace(s.rollout, kept_logmass=())
+    gradient(trainer, minibatch)
+    assert console.heard == []

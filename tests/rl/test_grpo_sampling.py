@@ -15,6 +15,7 @@ from longreach.rl.grpo import GrpoConfig, GrpoTrainer
 from longreach.rl.policy import Policy
 from longreach.rl.rollouts import RolloutGroup, regroup
 from longreach.rl.sampler import PromptSampler
+from longreach.rl.step_metrics import mismatch_metrics
 
 Groups = list[RolloutGroup]
 Make = Callable[..., Any]
@@ -197,7 +198,17 @@ def test_metrics_have_the_names_that_the_report_and_trl_know(sampling_trainer: M
         "clip_ratio/high_mean", "clip_ratio/region_mean", "completions/mean_length", "completions/min_length",
         "completions/max_length", "completions/clipped_ratio", "rewards/rule/mean", "perf/throughput", "timing_s/gen",
         "timing_s/reward", "timing_s/update_actor", "timing_s/step", "prompt_length/mean",
-        "sampling/importance_sampling_ratio/mean",
+        "sampling/importance_sampling_ratio/mean", "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max", "sampling/k3_kl", "sampling/effective_sample_size",
     }  # fmt: skip
     assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["sampling/effective_sample_size"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["learning_rate"] == 0.1
+
+
+def test_the_effective_share_of_samples() -> None:
+    rho = [1.0, 3.0, 0.5]
+    moments = {"sampling/ratio/mean": sum(rho) / 3, "sampling/ratio/mean_square": sum(x * x for x in rho) / 3}
+    made = mismatch_metrics({"loss": 1.0, **moments})
+    assert made == {"loss": 1.0, "sampling/effective_sample_size": pytest.approx(4.5**2 / (3 * 10.25))}
+    assert mismatch_metrics({"loss": 1.0}) == {"loss": 1.0}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longreach.rl.judge_cache import VerdictCache, cache_key
-from longreach.rl.judge_prompt import Case, messages
+from longreach.rl.judge_prompt import VERSION, Case, messages
 
 WRITER = """
 import sys, types
@@ -145,9 +145,12 @@ def test_a_file_that_shrank_is_read_anew(tmp_path: Path) -> None:
     assert one.get("b") == 1.0
 
 
-def test_the_key_tells_everything_apart_that_a_verdict_hangs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def key(model: str = "m", question: str = "q", answers: tuple[str, ...] = ("a",), prediction: str = "p") -> str:
-        return cache_key(model, messages(Case(question, answers, prediction)))
+def test_the_key_tells_everything_apart_that_a_verdict_hangs_on() -> None:
+    def key(
+        model: str = "m", question: str = "q", answers: tuple[str, ...] = ("a",), prediction: str = "p",
+        version: int = VERSION,
+    ) -> str:  # fmt: skip
+        return cache_key(version, model, messages(Case(question, answers, prediction)))
 
     different = [
         key(),
@@ -156,8 +159,19 @@ def test_the_key_tells_everything_apart_that_a_verdict_hangs_on(monkeypatch: pyt
         key(answers=("b",)),
         key(answers=("a", "b")),
         key(prediction="r"),
+        key(version=99),
     ]
-    monkeypatch.setattr("longreach.rl.judge_prompt.VERSION", 99)
-    different.append(key())
     assert len(set(different)) == len(different)
     assert key() == key()
+
+
+def test_a_cache_of_other_values_takes_what_it_is_told_to(tmp_path: Path) -> None:
+    path = tmp_path / "v.jsonl"
+
+    def lists(path: Path) -> VerdictCache[list[str]]:
+        return VerdictCache(path, print, lambda value: isinstance(value, list))
+
+    lists(path).put("a", ["é", "b"])
+    opened(path)[0].put("plain", 1.0)
+    assert lists(path).get("a") == ["é", "b"]
+    assert lists(path).get("plain") is None

@@ -48,8 +48,8 @@ def speak(monkeypatch: pytest.MonkeyPatch, words: Callable[[str], str]) -> list[
         read.extend(chat[1]["content"] for chat in chats)
         return [words(chat[1]["content"]) for chat in chats]
 
-    original = LocalJudge._answers
-    monkeypatch.setattr(LocalJudge, "_answers", answers)
+    original = LocalJudge._words
+    monkeypatch.setattr(LocalJudge, "_words", answers)
     return read
 
 
@@ -67,7 +67,7 @@ def test_a_model_that_babbles_gives_no_verdict(made: Made) -> None:
 def test_what_it_says_is_the_engines_greedy_generation_of_the_prompt(made: Made) -> None:
     one = made()
     chats = [judge_local.judge_prompt.messages(case) for case in CASES]
-    said = one._answers(chats)
+    said = one._words(chats)
     for chat, text in zip(chats, said, strict=True):
         whole = f"{chat[0]['content']}\n\n{chat[1]['content']}"
         turn = [{"role": "user", "content": whole}]

@@ -30,6 +30,7 @@ from longreach.rl.curriculum import Phase
 from longreach.rl.data import DataConfig
 from longreach.rl.entropy import AdaptiveEntropy, Aepo, EntropyControl, NegativeClip, spared
 from longreach.rl.evaluate import EvalConfig, evaluate
+from longreach.rl.generator import LocalGenerator
 from longreach.rl.grpo_config import GrpoConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import tokenize
@@ -89,9 +90,10 @@ STEP: dict[str, Row] = {
     "kl_bias_correction": (KL, {"kl_bias_correction": True}),
     "entropy_weight": ({}, {"entropy_weight": 0.1}),
     "scale": ({}, {"scale": "batch"}),
+    "importance": ({"foreign": True}, {"importance": "off"}),  # ratios of 1 to rounding
     "importance_cap": ({}, {"importance_cap": 0.5}),
     "importance_range": ({}, {"importance_range": (0.0, 0.999999)}),
-    "importance_level": ({"importance_cap": 2.0}, {"importance_level": "sequence"}),  # ratios of 1 to rounding
+    "importance_level": ({"importance_cap": 2.0}, {"importance_level": "sequence"}),  # likewise
     "importance_sequence_range": ({}, {"importance_sequence_range": (0.0, 1.0)}),
     "off_policy_threshold": ({}, {"off_policy_threshold": 1e-9}),
     "top_entropy_quantile": ({}, {"top_entropy_quantile": 0.5}),
@@ -108,10 +110,11 @@ STEP: dict[str, Row] = {
 
 @pytest.fixture
 def stepped(make_policy: Make, make_prompts: Make, scripted: Make, make_trainer: Make, calls: list[str]) -> Make:
-    def run(**options: Any) -> Any:
+    def run(foreign: bool = False, **options: Any) -> Any:
         prompts = make_prompts(*[5 + i % 4 for i in range(12)])
         reward = scripted(lambda example, place: 0.5 if int(example.id[1:]) % 3 == 0 else [1.0, 0.0, 0.25][place])
         policy, reference = make_policy(), make_policy() if options.get("kl_weight") else None
+        policy.served = LocalGenerator(policy) if foreign else None
         sampler = PromptSampler(range(12), {}, seed=0)
         config = GrpoConfig(**{**SMALL, **options})
         trainer = make_trainer(
@@ -135,7 +138,7 @@ def test_a_step_without_changes_is_the_same_step(stepped: Make) -> None:
 
 
 def test_every_key_of_the_rl_step_has_a_row() -> None:
-    assert set(STEP) | {"balanced_tasks"} == keys_of(GrpoConfig)
+    assert set(STEP) | {"balanced_tasks", "staleness"} == keys_of(GrpoConfig)  # `test_overlap.py`
 
 
 RULES: dict[type, dict[str, Row]] = {

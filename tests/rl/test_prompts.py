@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longreach.rl.data import Example, read_examples
 from longreach.rl.prompts import TEMPLATE, question_of, render, tokenize
+from longreach.rl.rules import rule_reward
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CHAT = (
@@ -58,6 +59,16 @@ PUBLISHED = (
     "Please read the following text and answer the question below.\n\n<text>\nThe document.\n</text>\n\nWhy?\n\n"
     'Format your response as follows: "Therefore, the answer is (insert answer here)".'
 )
+
+
+def test_options_are_asked_for_in_the_words_of_the_published_rules(bare: PreTrainedTokenizerFast) -> None:
+    example = plain(choices=("x", "y"))
+    asked = PUBLISHED.replace("Therefore, the answer is", "The correct answer is")
+    assert render(example, bare) == asked
+    assert question_of(Example("p", "b", ("x",), text=asked)) == "Why?"
+    for scoring in ("strict", "qwenlong-l1", "qwenlong-l1-eval", "longbench"):
+        said = "</think>Clear. The correct answer is (B)."
+        assert rule_reward(said, ("B",), answer_type="choice", choices=("x", "y"), scoring=scoring).score == 1.0
 
 
 def test_plain_row_is_the_published_template(bare: Any, chatty: Any) -> None:

@@ -50,8 +50,10 @@ def outcome(run_dir: Path) -> dict[str, object]:
     """What must come out the same."""
     rollouts = {str(p.relative_to(run_dir)): p.read_bytes() for p in sorted((run_dir / "rollouts").glob("*/*.jsonl"))}
     evals = {p.name: p.read_bytes() for p in sorted((run_dir / "evals").glob("*"))}
+    timed = [json.loads(line) for line in (run_dir / "timeline.jsonl").read_text().splitlines()]
     return {
         "metrics": json.dumps(metrics(run_dir)),
+        "timed": [(line["stage"], line["step"]) for line in timed if line["kind"] == "step"],
         "weights": (run_dir / "model" / "model.safetensors").read_bytes(),
         "rollouts": rollouts,
         "evals": evals,

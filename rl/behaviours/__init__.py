@@ -1,0 +1,1 @@
+"""Grounding, subgoal setting, backtracking and verification: counted in a run's responses, with a judge and without one."""

@@ -1,0 +1,1 @@
+"""Benchmarks of reading long documents: where their questions come from, how they are laid out, how they are run."""

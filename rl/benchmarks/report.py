@@ -1,0 +1,311 @@
+"""The report of an evaluation: report.md, and report.html as one page without scripts, images or links to anywhere.
+
+Both are drawn from the same tables. Everything in them may have been written by a stranger's model or file: in HTML it is
+escaped, and the page's policy allows its own style and nothing else; in Markdown cells are freed of what would end them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...engine.checkpoint import write_atomically
+from ..figures import bucket_labels
+from .published_table import published_table, unlike_published
+from .registry import SEVEN
+
+STYLE = Path(__file__).parents[1] / "assets" / "report.css"
+SHOWN = 200
+"""Failures that the page lists; all are in results.json."""
+
+STRONG = ' class="strong"'
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table: `lead` says how to read it, `strong` are the rows to be found first."""
+
+    title: str
+    lead: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[int] = frozenset()
+
+
+def write_reports(root: Path, results: Results) -> None:
+    """report.md and report.html in the results folder."""
+    title, notes, made = (
+        f"{results['conditions']['model']['name']}: long-document benchmarks",
+        notes_of(results),
+        tables(results),
+    )
+    write_atomically(root / "report.md", markdown(title, notes, made))
+    write_atomically(root / "report.html", page(title, notes, made))
+
+
+def notes_of(results: Results) -> list[str]:
+    """What a reader must know to trust the numbers."""
+    counts, conditions = results["counts"], results["conditions"]
+    notes = [
+        f"Made {results['made']['date']} by longreach {results['made']['longreach']}; {counts['responses']} responses to {counts['questions']} questions."
+    ]
+    if conditions["scored"]["judge"] is None:
+        notes.append("No judge was asked: the score is the rule's alone, and paraphrases count as wrong.")
+    for name, text in (
+        ("failed_requests", "requests failed; they count as wrong and are listed"),
+        ("judge_failures", "answers have no verdict of the judge; their score is the rule's"),
+        ("prompts_cut", f"prompts were longer than {conditions['asked']['max_input']:,} tokens and lost their middle"),
+        ("answers_cut", f"answers were cut off at {conditions['asked']['max_output']:,} tokens"),
+    ):
+        if counts[name]:
+            notes.append(f"{counts[name]:,} {text}.")
+    for name, count in results["made"]["bad_rows"].items():
+        notes.append(f"{name}: {count} rows could not be read and were left out.")
+    return notes
+
+
+def tables(results: Results) -> list[Table]:
+    """All tables of the report, in order."""
+    made = [_scores(results), _passes(results), _published(results), _differences(results), _rules(results)]
+    made += [
+        _needles(results),
+        _buckets(results),
+        _agreement(results),
+        _counts(results),
+        _failures(results),
+        _unjudged(results),
+    ]
+    return [table for table in made if table is not None]
+
+
+def headline(results: Results) -> Table:
+    """The table that a terminal shows."""
+    return _scores(results)
+
+
+def percent(value: Mapping[str, Any]) -> str:
+    """`63.5 [56.9, 70.1]`, or a dash where there is none."""
+    if value["mean"] is None:
+        return "-"
+    spread = "" if value["low"] is None else f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+    return f"{100 * value['mean']:.1f}{spread}"
+
+
+def _scores(results: Results) -> Table:
+    k = results["conditions"]["asked"]["samples"]
+    rows = [
+        (b["name"], str(b["score"]["n"]), *(percent(b[m]) for m in ("score", "rule", "judge", "published")))
+        for b in results["benchmarks"]
+    ]
+    average = results["average"]
+    if average:
+        rows.append(
+            (
+                "average of the seven",
+                str(average["score"]["n"]),
+                *(percent(average[m]) for m in ("score", "rule", "judge", "published")),
+            )
+        )
+    return Table(
+        f"Scores (avg@{k}, %)",
+        "score = max(rule, judge). In brackets the 95 % interval, by percentile bootstrap over questions. The last column is max(published "
+        "rule, judge), the published table's own.",
+        ("benchmark", "questions", "score", f"rule ({results['conditions']['scored']['rule']})", "judge", "with the published rule"),
+        tuple(rows), frozenset({len(rows) - 1}) if average else frozenset(),
+    )  # fmt: skip
+
+
+def _passes(results: Results) -> Table | None:
+    ks = list(results["benchmarks"][0]["pass_at"]) if results["benchmarks"] else []
+    if len(ks) < 2:
+        return None
+    parts = [
+        *results["benchmarks"],
+        *([{"name": "average of the seven", **results["average"]}] if results["average"] else []),
+    ]
+    rows = tuple((b["name"], *(percent(b["pass_at"][k]) for k in ks)) for b in parts)
+    return Table("pass@k (%)", "Unbiased, on the score.", ("benchmark", *(f"pass@{k}" for k in ks)), rows)
+
+
+def _published(results: Results) -> Table | None:
+    mine = {b["name"]: b for b in results["benchmarks"]}
+    if not set(SEVEN) & set(mine):
+        return None
+    table, name = published_table(), results["conditions"]["model"]["name"]
+    rows = [(r.model, *(f"{r.scores[b]:.1f}" for b in SEVEN), f"{r.average:.1f}") for r in table.rows]
+    for measure, label in (("score", "our score"), ("published", "with the published rule")):
+        cells = [percent(mine[b][measure]) if b in mine else "-" for b in SEVEN]
+        average = percent(results["average"][measure]) if results["average"] else "-"
+        rows.append((f"{name} ({label})", *cells, average))
+    return Table(
+        "Beside the published table (%)",
+        f"{table.source}: one sample a question, no intervals given. Read the conditions that differ below before comparing.",
+        ("model", *SEVEN, "average"), tuple(rows), frozenset({len(rows) - 2, len(rows) - 1}),
+    )  # fmt: skip
+
+
+def _differences(results: Results) -> Table | None:
+    if not set(SEVEN) & {b["name"] for b in results["benchmarks"]}:
+        return None
+    rows = tuple((text,) for text in unlike_published(results, published_table()))
+    return Table("What differs from the published conditions", "", ("condition",), rows)
+
+
+def _rules(results: Results) -> Table | None:
+    rules = results["conditions"]["scored"]["rules"]
+    rows = tuple((b["name"], *(percent(b["rules"][rule]) for rule in rules)) for b in results["benchmarks"])
+    lead = "The same responses under each rule, without the judge. Only the first scores what an answer means; the published ones are for comparison."
+    return Table("Rules side by side (%)", lead, ("benchmark", *rules), rows) if rules else None
+
+
+def _needles(results: Results) -> Table | None:
+    rows = tuple(
+        (
+            row["benchmark"],
+            row["by"],
+            row["value"],
+            str(row["score"]["n"]),
+            percent(row["score"]),
+            percent(row["named"]),
+        )
+        for row in results["needles"]
+    )
+    lead = "The score wants every value and nothing else; RULER's own is the share of the values that the answer names."
+    return (
+        Table("Needle tests (%)", lead, ("benchmark", "by", "", "questions", "score", "RULER's"), rows)
+        if rows
+        else None
+    )
+
+
+def _buckets(results: Results) -> Table:
+    every = [{"name": "all", "buckets": results["buckets"]}, *results["benchmarks"]]
+    uppers = list(dict.fromkeys(bucket["upper"] for part in every for bucket in part["buckets"]))
+    uppers.sort(key=lambda upper: (upper is None, upper))
+    rows = []
+    for part in every:
+        found = {bucket["upper"]: bucket for bucket in part["buckets"]}
+        cells = [f"{percent(found[u])} n={found[u]['n']}" if u in found and found[u]["n"] else "-" for u in uppers]
+        rows.append((part["name"], *cells))
+    return Table(
+        "By length (score, %)",
+        "Tokens of the prompt before any cut.",
+        ("benchmark", *bucket_labels(uppers)),
+        tuple(rows),
+    )
+
+
+def _agreement(results: Results) -> Table | None:
+    if not results["agreement"]:
+        return None
+    rows = tuple((name, *map(str, cells.values())) for name, cells in results["agreement"].items())
+    head = ("benchmark", "both right", "rule alone", "judge alone", "both wrong")
+    lead = "Answers that both have looked at. Many of the rule alone: it can be gamed; of the judge alone: it misses paraphrases."
+    return Table("Rule and judge", lead, head, rows)
+
+
+def _counts(results: Results) -> Table:
+    names = ("questions", "responses", "prompts_cut", "answers_cut", "failed_requests", "judge_failures")
+    rows = tuple((b["name"], *(str(b["counts"][name]) for name in names)) for b in results["benchmarks"])
+    return Table("Counts", "", ("benchmark", *(name.replace("_", " ") for name in names)), rows)
+
+
+def _failures(results: Results) -> Table | None:
+    found = results["failures"]
+    rows = tuple((f["benchmark"], f["id"], str(f["sample"]), f["why"]) for f in found[:SHOWN])
+    lead = f"{len(rows)} of {len(found)}. Each counts as wrong."
+    return Table("Failed requests", lead, ("benchmark", "question", "sample", "why"), rows) if rows else None
+
+
+def _unjudged(results: Results) -> Table | None:
+    found = results["judge_failures"]
+    rows = tuple((f["benchmark"], f["id"], str(f["sample"]), f["answer"] or "") for f in found[:SHOWN])
+    lead = f"{len(rows)} of {len(found)}. Their score is the rule's."
+    return (
+        Table("Answers without a verdict", lead, ("benchmark", "question", "sample", "answer"), rows) if rows else None
+    )
+
+
+def markdown(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
+    parts = [f"# {_plain(title)}", "", *(f"* {_plain(note)}" for note in notes)]
+    for table in made:
+        parts += ["", f"## {table.title}", *([table.lead] if table.lead else []), ""]
+        parts.append("| " + " | ".join(map(_plain, table.head)) + " |")
+        parts.append("| " + " | ".join(["---"] * len(table.head)) + " |")
+        for index, row in enumerate(table.rows):
+            cells = [f"**{_plain(c)}**" if index in table.strong and c else _plain(c) for c in row]
+            parts.append("| " + " | ".join(cells) + " |")
+    return "\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """One line in which Markdown finds no cell's end, no markup and no HTML."""
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(whole_characters(text).split()))
+
+
+def page(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
+    style = STYLE.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    body = "\n".join(map(_section, made))
+    listed = "".join(f"<li>{_escaped(note)}</li>" for note in notes)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{_escaped(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{_escaped(title)}</h1><div class="notes"><ul>{listed}</ul></div></header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _section(table: Table) -> str:
+    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in table.head)
+    rows = []
+    for index, row in enumerate(table.rows):
+        first, *rest = row
+        cells = f'<th scope="row" class="text wrap">{_escaped(first)}</th>' + "".join(
+            f"<td>{_cell(c)}</td>" for c in rest
+        )
+        rows.append(f"<tr{STRONG if index in table.strong else ''}>{cells}</tr>")
+    lead = f'<p class="lead">{_escaped(table.lead)}</p>' if table.lead else ""
+    return (
+        f'<section><h2>{_escaped(table.title)}</h2>{lead}<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _cell(text: str) -> str:
+    """The interval stands smaller, below its number."""
+    found = re.fullmatch(r"([0-9.]+) (\[[0-9., -]+\])( n=\d+)?", text)
+    if not found:
+        return _escaped(text)
+    return f'{found[1]}<span class="pm">{found[2]}{found[3] or ""}</span>'
+
+
+def _escaped(text: str) -> str:
+    return html.escape(whole_characters(text), quote=True)
+
+
+def whole_characters(text: str) -> str:
+    """Without halves of surrogate pairs, which a server may send and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
