@@ -46,7 +46,7 @@ _STATED = r"(?:stated|mentioned|said|noted|described|written|given|reported|list
 _LOOK = r"(?:looking at|going back to|turning to|going through|reading(?: through)?|scanning|returning to|referring to)"
 _ANY_SOURCE = rf"(?:{_THE} {_SOURCE}|{_PART})"
 
-_WE = r"(?:i|we|you)"
+_WE = r"(?:i|we)"
 _LETS = r"(?:let me|let's|let us|let’s)"
 _WILL = rf"(?:{_LETS}|{_WE}(?:'ll|’ll| will| need to| have to| should| must| can| could| want to)|i'm going to|i’m going to)"
 _SOON = r"(?: (?:first|now|next|then|also|just|quickly|begin by|start by|try to|carefully|again))?"
@@ -100,7 +100,7 @@ BACKTRACKING = (
     r"\b(?:try|use|take|think of) (?:another|a different|an alternative) (?:approach|way|method|route|angle|strategy|interpretation|reading)\b",
     r"\b(?:this|that) (?:approach|method|path|route|idea|assumption) (?:doesn't|does not|won't|didn't|isn't|fails|failed|leads nowhere|is wrong)\b",
     r"\bmy (?:mistake|bad|error)\b|\bmy (?:earlier|previous|initial|first) (?:reading|assumption|answer|calculation|interpretation|thought|guess|claim|conclusion) (?:was|is|were) (?:wrong|incorrect|mistaken|off|not)",
-    r"\bcorrection[:,]",
+    r"\bcorrection:",
     r"^(?:or )?alternatively,? (?:maybe|perhaps|it|the|we|i|this|that|could)\b",
     r"^(?:oh|ah),? i see\b",
     r"^[嗯哦啊，,不但可是]{0,4}(?:等等|等一下|等下|且慢|慢着)(?=[，,。！!…？? ]|$|[我这那不])|[，,](?:等等|等一下|且慢)[，,]",
