@@ -176,6 +176,7 @@ class VllmGenerator:
         vocabulary = self.policy.model.config.get_text_config().vocab_size
         batch = Batch(group_size, sampling, self.policy.stop_ids, vocabulary)
         version = self.policy.version
+        self._background.submit(self._asking.look_at_all()).result()
         yield [], [host.url for host in self._background.submit(self._asking.pool.behind(version)).result()]
         under_way = self._background.submit(self._asking.groups(jobs, batch))
         try:
