@@ -106,8 +106,12 @@ class Asking:
         except replies.BadReply as error:
             raise ServerError(host.url, f"bad reply: {error}") from None
 
+    async def look_at_all(self) -> None:
+        """Before a call: who went while nobody was asked. They are brought up while the others begin."""
+        await asyncio.gather(*map(self._look_at, self.pool.hosts))
+
     async def _look_at(self, host: Host) -> None:
-        """After a failure: a server that isn't well is asked no more until it is. Others go on in the meantime."""
+        """A server that isn't well is asked no more until it is. Others go on in the meantime."""
         if host.up and host.url not in self._reviving and not await well(host):
             await self.pool.now(host, up=False, version=host.version)
             if host.url not in self._reviving:  # it goes on when this call's groups are all there

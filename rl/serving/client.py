@@ -207,6 +207,7 @@ class VllmGenerator:
 
     def _behind(self) -> list[str]:
         assert self._background is not None
+        self._background.submit(self._asking.look_at_all()).result()
         lacking = self._background.submit(self._asking.pool.behind(self.policy.version)).result()
         return [host.url for host in lacking]
 
