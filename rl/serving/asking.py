@@ -66,6 +66,8 @@ class Asking:
         self.pool, self.config = pool, config
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.counts: Counter[str] = Counter()
+        self.model: str | None = None
+        """An adapter that requests name; None for the model itself."""
         self._reviving: dict[str, asyncio.Task[None]] = {}
 
     async def groups(self, jobs: Sequence[Job], batch: Batch) -> None:
@@ -98,7 +100,7 @@ class Asking:
 
     async def _ask(self, host: Host, job: Job, batch: Batch) -> list[Completion]:
         size, sampling, stops = batch.group_size, batch.sampling, batch.stop_ids
-        body = replies.order(job.ids, size, sampling, stops, job.seed)
+        body = replies.order(job.ids, size, sampling, stops, job.seed, self.model)
         limit = replies.largest(size, sampling)
         reply = await post(host.url, replies.PATH, body, deadline=self.config.deadline_s, largest=limit)
         try:
