@@ -170,7 +170,7 @@ def roll_out(
                 on_done(1)
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts, group_size)
-    _account(watch, scoring, judged=reward.judge is not None)
+    _note_times(watch, scoring, judged=reward.judge is not None)
     groups = [
         RolloutGroup(
             prompts[number],
@@ -188,7 +188,7 @@ def roll_out(
     return groups
 
 
-def _account(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> None:
+def _note_times(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> None:
     """When rules and judge were at work, and how long the judge was waited for."""
     watch.timed("rules", scoring.rule_spans)
     watch.timed("judge", scoring.judge_spans)

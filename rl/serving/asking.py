@@ -71,6 +71,8 @@ class Asking:
         self.pool, self.config = pool, config
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.counts: Counter[str] = Counter()
+        self.model: str | None = None
+        """An adapter that requests name; None for the model itself."""
         self._reviving: dict[str, asyncio.Task[None]] = {}
 
     async def groups(self, jobs: Sequence[Job], batch: Batch) -> None:
@@ -131,7 +133,7 @@ class Asking:
         size, stops = len(part.places), batch.stop_ids
         sampling = replace(batch.sampling, max_completion=batch.sampling.max_completion - len(part.begun))
         seed = None if job.seed is None else job.seed + part.seed
-        body = replies.order([*job.ids, *part.begun], size, sampling, stops, seed)
+        body = replies.order([*job.ids, *part.begun], size, sampling, stops, seed, self.model)
         limit = replies.largest(size, sampling)
         reply = await stoppable(host.url, body, batch.stop, deadline=self.config.deadline_s, largest=limit)
         try:
@@ -139,8 +141,12 @@ class Asking:
         except replies.BadReply as error:
             raise ServerError(host.url, f"bad reply: {error}") from None
 
+    async def look_at_all(self) -> None:
+        """Before a call: who went while nobody was asked. They are brought up while the others begin."""
+        await asyncio.gather(*map(self._look_at, self.pool.hosts))
+
     async def _look_at(self, host: Host) -> None:
-        """After a failure: a server that isn't well is asked no more until it is. Others go on in the meantime."""
+        """A server that isn't well is asked no more until it is. Others go on in the meantime."""
         if host.up and host.url not in self._reviving and not await well(host):
             await self.pool.now(host, up=False, version=host.version)
             if host.url not in self._reviving:  # it goes on when this call's groups are all there

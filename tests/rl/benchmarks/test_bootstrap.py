@@ -124,6 +124,17 @@ def test_the_average_weighs_benchmarks_alike_and_adds_their_variances() -> None:
     assert average_interval([small, [None]], resamples=200, seed=0).mean is None
 
 
+def test_benchmarks_of_one_size_are_drawn_apart() -> None:
+    """Four alike: their errors average out, so the interval is half of one's; the same draws for all would keep it whole."""
+    part = [1.0, 0.0] * 100
+    four, single = (
+        average_interval([part] * 4, resamples=20_000, seed=0),
+        average_interval([part], resamples=20_000, seed=0),
+    )
+    assert four.high is not None and four.low is not None and single.high is not None and single.low is not None
+    assert four.high - four.low == pytest.approx((single.high - single.low) / 2, rel=0.06)
+
+
 def test_pairing_takes_out_how_hard_questions_are() -> None:
     """B is right wherever A is, and on 12 of 200 more: the difference is certain to +-3.3, where unpaired ones would give +-9.6."""
     before = [1.0] * 90 + [0.0] * 110
