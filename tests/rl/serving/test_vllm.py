@@ -183,6 +183,7 @@ def test_a_straggler_is_stopped_and_gone_on_with_by_new_weights(
     finally:
         policy.model.load_state_dict(before)
         policy.version -= 1
+        served.refresh()
     sizes = [[len(c.ids) for c in group] for group in (begun, further, made)]
     record_property("table", f"three completions stopped twice, after so many tokens: {sizes}")
     assert all(0 < a <= b <= c == limit and a < c for a, b, c in zip(*sizes, strict=True)), sizes
