@@ -118,6 +118,9 @@ class GrpoTrainer:
     def sampled(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """The step's groups: sampled now, or while earlier steps trained."""
         if self._overlap is None:
+            if self.policy.served is not None:
+                with watch("update_weights"):
+                    self.policy.served.refresh()
             return self.collect(step, watch, saved)
         with watch("wait_for_rollouts"):
             found = self._overlap.take(step).made
@@ -125,10 +128,11 @@ class GrpoTrainer:
         self.sampler.load(found.sampler)
         return found.groups
 
-    def hand_over(self, step: int) -> None:
+    def hand_over(self, step: int, watch: Stopwatch) -> None:
         """After the step's updates: who samples ahead goes on with its weights. All ranks call it."""
         if self._overlap is not None:
-            self._overlap.hand_over(step)
+            with watch("update_weights"):
+                self._overlap.hand_over(step)
 
     def collect(
         self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = (), version: int | None = None
