@@ -59,6 +59,10 @@ def notes_of(results: Results) -> list[str]:
     ]
     if conditions["scored"]["judge"] is None and any(benchmark["judged"] for benchmark in results["benchmarks"]):
         notes.append("No judge was asked: the score is the rule's alone, and paraphrases count as wrong.")
+    if conditions["model"]["min_p and penalties"] != "off":
+        notes.append(
+            "Sampling beyond temperature and top_p (top_k, min_p, penalties) was left to the server's own defaults."
+        )
     for name, text in (
         ("failed_requests", "requests failed; they count as wrong and are listed"),
         ("judge_failures", "answers have no verdict of the judge; their score is the rule's"),

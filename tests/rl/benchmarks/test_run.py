@@ -43,7 +43,8 @@ def test_a_served_model_on_all_seven(served: Any, server: Any, settings: Setting
         assert (tmp_path / "out" / name).stat().st_size > 100
     [body] = [body for body in server.bodies if served.question(body) == ("hotpotqa", 3)]
     assert "Report 3. Report 3." in served.tokenizer.decode(body.pop("prompt"))
-    assert set(body) == {"model", "max_tokens", "temperature", "top_p", "n", "seed"}
+    vllm = {"top_k", "min_p", "repetition_penalty"}
+    assert set(body) == {"model", "max_tokens", "temperature", "top_p", "n", "seed", *vllm}
     assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"], body["n"]) == (
         "small",
         8,
