@@ -37,9 +37,9 @@ Parse = Callable[[object, str, str], Iterable[Example | RowError]]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to learn from. train, eval: files, folders, globs or `datasets` names.
+    """What to learn from. train, eval: files, folders, archives, globs or names on the hub (`hub.py`).
 
-    split, eval_split: of a `datasets` name, and of a folder that names its files by split. limit: first rows of train.
+    split, eval_split: of a name on the hub that states none, and of a folder that names its files by split. limit: first rows of train.
     truncate: what happens to a prompt above max_length tokens: error | middle | keep (the phases then sort it).
     """
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<part>[^:@]+))?(?:@(?P<split>[\w\[\]:%+-]+))?")
 _FILES = (".jsonl", ".json", ".parquet", ".zip")
@@ -51,8 +51,9 @@ def download(name: HubName, readable: Sequence[str]) -> Path:
     try:
         found = cached_file(name.repository, name.file, repo_type="dataset")
     except OSError as error:  # whatever the hub's client meets, down to a name that is no name
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{name.repository}:{name.file}: cannot be fetched from the hub: {' '.join(str(error).split()).rstrip('.')}. Without a connection, fetch it "
+            f"{name.repository}:{name.file}: cannot be fetched from the hub: {reason}. Without a connection, fetch it "
             f"elsewhere and give the local file or folder ({', '.join(readable)}, .zip) as the source"
         ) from error
     assert found is not None

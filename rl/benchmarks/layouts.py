@@ -11,10 +11,12 @@
     verl         prompt, reward_model                           docmath_all_test_200.jsonl is published in this form
     plain        context, question, answers                     ours (`rows.py`), under any benchmark's name
 
-Read in source: the READMEs of LongBench, HotpotQA, 2WikiMultihopQA and DocMath-Eval, MuSiQue's evaluation script, Qasper's
-reader and sample file, the hub's loading scripts of Qasper and NarrativeQA, QwenLong-L1's DocMath evaluation, and a public
-reader of the frames file with the pages. Only described to us: HotpotQA's and 2Wiki's column tables on the hub. No file of
-the hub was at hand: what a file holds beside these columns is not known here.
+Read in source: the READMEs of LongBench, HotpotQA, 2WikiMultihopQA and DocMath-Eval, LongBench v2's prompt, MuSiQue's
+evaluation script, Qasper's reader and sample file, the hub's loading scripts of Qasper and NarrativeQA, QwenLong-L1's DocMath
+evaluation, and a public reader of the frames file with its pages. Only by the cards of copies: the columns of LongBench v2,
+of HotpotQA and 2Wiki on the hub, and of google/frames-benchmark. No file of the hub itself was at hand: what one holds beside
+these columns is not known here. QwenLong-L1 takes DocMath's golds from testmini's unrounded numbers; docmath_all_test_200
+states them in sentences.
 
 Gold answers keep the published order, since the published scores use the first alone; the strict rule takes any of them.
 Documents: LongBench's as printed; DocMath and FRAMES joined as QwenLong-L1 does; passages printed like LongBench's; a paper
@@ -23,6 +25,7 @@ as title, abstract and sections. What it gives up: figures and tables of papers,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -235,11 +238,14 @@ def split_template(text: str) -> tuple[str, str] | None:
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
-    """The question with its options listed, unless it prints them all already."""
-    if all(choice in question for choice in choices):
+    """The question with its options listed by letter, unless it prints them so already."""
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    bare = [re.sub(rf"^\s*\(?{letter}[.:)]\s*", "", choice) for letter, choice in zip(letters, choices, strict=True)]
+    options = list(zip(letters, bare, strict=True))
+    if all(re.search(rf"\b{letter}[.:)]\s*{re.escape(text)}", question) for letter, text in options):
         return question
-    options = "\n".join(f"({chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))
-    return f"{question.strip()}\n\nChoose one of these options and answer with its letter:\n{options}"
+    listed = "\n".join(f"({letter}) {text}" for letter, text in options)
+    return f"{question.strip()}\n\nChoose one of these options and answer with its letter:\n{listed}"
 
 
 def _with_unanswerable(answers: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longreach.rl.benchmarks.layouts import UNANSWERABLE, split_template
+from longreach.rl.benchmarks.layouts import UNANSWERABLE, split_template, with_choices
 from longreach.rl.benchmarks.registry import BENCHMARKS, read_benchmark
-from longreach.rl.data import ReadResult
+from longreach.rl.data import ReadResult, read_examples
 from longreach.rl.prompts import TEMPLATE
 from longreach.rl.rows import Example
 from longreach.rl.rules import rule_reward
@@ -164,6 +164,14 @@ def test_each_gold_answer_is_right_and_another_is_not(
     assert score({"yes": "no", "B": "C"}.get(answers[0], "1977")) == 0.0
 
 
+def test_examples_survive_our_own_rows(tmp_path: Path) -> None:
+    """What was read can be written as a plain row, read as one, and is the same question."""
+    for number, (name, row, *_) in enumerate(EXPECTED):
+        example = read_one(tmp_path, name, row)
+        (again,) = read_examples(write(tmp_path / f"again-{number}.jsonl", example.to_row())).examples
+        assert again == example
+
+
 def test_qasper_asks_every_question_of_a_paper(tmp_path: Path) -> None:
     result = read(tmp_path, "qasper", PAPER, skip_bad_rows=True)
     text = "On mills\n\nWe study mills.\n\nIntroduction\nMills turn.\n\nResults ::: Speed\nThey are fast.\nVery."
@@ -305,6 +313,14 @@ def test_a_ready_prompt_is_taken_apart_only_if_it_is_the_published_one() -> None
     assert split_template(text.replace("Format", "Shape")) is None
     assert split_template(TEMPLATE.replace("$DOC$", " ").replace("$Q$", "Why?")) is None
     assert split_template("") is None
+
+
+def test_options_are_listed_once() -> None:
+    listed = "Know it?\n\nChoose one of these options and answer with its letter:\n(A) no\n(B) yes"
+    assert with_choices("Know it?", ("no", "yes")) == listed, "the word 'no' stands in 'Know', and is no option there"
+    assert with_choices("Know it?", ("A. no", "(B) yes")) == listed
+    for question in ("Know it?\nA. no\nB. yes", "Know it? (A) no (B) yes", listed):
+        assert with_choices(question, ("no", "yes")) == question
 
 
 def test_every_benchmark_reads_our_own_rows(tmp_path: Path) -> None:
