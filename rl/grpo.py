@@ -129,6 +129,9 @@ class GrpoTrainer:
     ) -> tuple[list[RolloutGroup], dict[str, float]]:
         """The step's groups, sampled now or while earlier steps trained, and what was counted of those that were late."""
         if self._overlap is None:
+            if self.policy.served is not None:
+                with watch("update_weights"):
+                    self.policy.served.refresh()
             return self.collect(step, watch, saved), self.stragglers.counts
         with watch("wait_for_rollouts"):
             found = self._overlap.take(step).made
@@ -136,10 +139,11 @@ class GrpoTrainer:
         self.sampler.load(found.sampler)
         return found.groups, found.counts
 
-    def hand_over(self, step: int) -> None:
+    def hand_over(self, step: int, watch: Stopwatch) -> None:
         """After the step's updates: who samples ahead goes on with its weights. All ranks call it."""
         if self._overlap is not None:
-            self._overlap.hand_over(step)
+            with watch("update_weights"):
+                self._overlap.hand_over(step)
 
     def collect(
         self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup] = (), version: int | None = None

@@ -86,13 +86,7 @@ class RolloutGroup:
 
         A phase's completions would fill tens of gigabytes.
         """
-        light: dict[str, Any] = {
-            "completion_ids": (),
-            "completion": "",
-            "logprobs": (),
-            "kept_logmass": (),
-            "spans": (),
-        }
+        light = {"completion_ids": (), "completion": "", "logprobs": (), "kept_logmass": (), "spans": ()}
         plain = (
             replace(r, reward=None if r.reward is None else r.reward - (r.rewards.get("overlong") or 0.0), **light)
             for r in self.rollouts
@@ -155,11 +149,9 @@ def roll_out(
             on_done(1)
 
         with watch("gen"):
-            sampled = _completions(saved, prompts) or (sample or policy.sample)(
-                prompts, group_size, sampling, seed, ended
-            )
+            ask = sample or policy.sample
+            sampled = _completions(saved, prompts) or ask(prompts, group_size, sampling, seed, ended)
         flat = {i * group_size + place: one for i, group in enumerate(sampled) for place, one in enumerate(group)}
-        whole = [i for i, group in enumerate(sampled) if group]
         ranks, told = policy.ranks, frozenset().union(*policy.ranks.every(frozenset(texts)))
         for index, completion in flat.items():
             group, place = divmod(index, group_size)
@@ -171,18 +163,12 @@ def roll_out(
         with watch("reward"):
             scored, failing = _score(reward, scoring, policy, prompts, flat, texts, group_size)
     _note_times(watch, scoring, judged=reward.judge is not None)
-    groups = [
-        RolloutGroup(
-            prompts[number],
-            tuple(
-                _rollout(
-                    prompts[number], flat[i], texts[i], scored[i], stage=stage, step=step, group=first_group + place
-                )
-                for i in range(number * group_size, (number + 1) * group_size)
-            ),
-        )
-        for place, number in enumerate(whole)
-    ]
+    lines = [
+        _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + n // group_size)
+        for n, (i, one) in enumerate(flat.items())
+    ]  # fmt: skip
+    there = [prompt for prompt, group in zip(prompts, sampled, strict=True) if group]
+    groups = [RolloutGroup(p, tuple(lines[n * group_size :][:group_size])) for n, p in enumerate(there)]
     if failing is not None:
         raise Unjudged(str(failing), groups) from failing
     return groups

@@ -8,6 +8,7 @@ ranks: rank 0 alone writes, and what the others wait for shows as its own time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ LANES = {
     "evaluation": "steps",
     "difficulty": "steps",
     "checkpoint": "steps",
+    "wait_for_rollouts": "waiting for rollouts",
     "gen": "generation",
     "rules": "rules",
     "judge": "judge",
@@ -29,7 +31,7 @@ LANES = {
     "update_weights": "weights to the server",
 }
 OTHER = "other"
-TRAIN_PARTS = ("gen", "reward", "old_log_prob", "ref", "update_actor")
+TRAIN_PARTS = ("update_weights", "wait_for_rollouts", "gen", "reward", "old_log_prob", "ref", "update_actor")
 """What a step is made of, one after the other; what is left of it is `OTHER`."""
 
 Line = Mapping[str, Any]
@@ -74,10 +76,19 @@ def intervals(line: Line) -> list[Interval]:
 
 
 def seconds(line: Line) -> dict[str, float]:
-    """By name; of a step also `OTHER`, which no part accounts for."""
+    """By name; of a step also `OTHER`, which no part accounts for.
+
+    A part counts within its step alone: rollouts that were sampled while the step before trained cost this one nothing but
+    what it waited for them.
+    """
+    spans = intervals(line)
+    ahead = any(s.name == "wait_for_rollouts" for s in spans)
+    first, last = next(((s.start, s.end) for s in spans if s.name == "step"), (-math.inf, math.inf))
     sums: dict[str, float] = {}
-    for name, start, end in intervals(line):
-        sums[name] = sums.get(name, 0.0) + end - start
+    for name, start, end in spans:
+        if name in TRAIN_PARTS:
+            start, end = max(start, first), first if ahead and name in ("gen", "reward") else min(end, last)
+        sums[name] = sums.get(name, 0.0) + max(0.0, end - start)
     if "step" in sums:
         sums[OTHER] = max(0.0, sums["step"] - sum(sums.get(part, 0.0) for part in TRAIN_PARTS))
     return sums

@@ -217,8 +217,8 @@ class Run:
                 self.folder.unjudged_file.unlink(missing_ok=True)
             self.progress.sampler = sampler.state()
             self.progress.entropy = trainer.entropy.state()
-            trainer.hand_over(number)
-            return metrics
+            trainer.hand_over(number, watch)
+            return metrics | {name: value for name, value in watch.seconds.items() if name == "timing_s/update_weights"}
 
         first = self.progress.step + 1
         last = self.progress.step + phase.steps - self.progress.stage_step if self.context.replay is None else 0

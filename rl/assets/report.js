@@ -155,7 +155,7 @@ function drawCurves() {
   section("curves", "Curves", "Learning curves", "One point per step, stages shaded. Point at a curve, or focus one and use the arrow keys, to read all of them at that step.", h("div", { class: "grid" }, cards), more);
 }
 
-const PARTS = { gen: "generation", reward: "waiting for rewards", old_log_prob: "old log-probs", ref: "reference", update_actor: "update", other: "other" };
+const PARTS = { update_weights: "weights to the servers", wait_for_rollouts: "waiting for rollouts", gen: "generation", reward: "waiting for rewards", old_log_prob: "old log-probs", ref: "reference", update_actor: "update", other: "other" };
 
 function drawTime() {
   const place = h("div"), shown = time.lines, pass = Object.entries(time.passes).map(([kind, seconds]) => `${kind} ${duration(seconds)}`).join(", ");

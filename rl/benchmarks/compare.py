@@ -111,6 +111,9 @@ def _notes(a: Results, b: Results) -> list[str]:
         cut = max(a["counts"]["prompts_cut"], b["counts"]["prompts_cut"])
         told = f", and of up to {cut} prompts that were cut the two may have seen different middles" if cut else ""
         notes.append(f"The two have different tokenizers: lengths in tokens differ{told}.")
+    left, right = (r["conditions"]["model"]["min_p and penalties"] for r in (a, b))
+    if left != right:
+        notes.append(f"Sampling beyond temperature and top_p was {left} for A and {right} for B.")
     for name, results in zip("AB", (a, b), strict=True):
         counts = results["counts"]
         notes += [f"{name}: {counts[what]} {text}." for what, text in (

@@ -72,7 +72,9 @@ class Endpoint:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another; its URL doesn't."""
-        return {"kind": "server", "name": self.served_name, "asked with": self.style}
+        own = self.style == "chat" or not self.config.server.vllm_fields
+        kept = "as the server has them" if own else "off"
+        return {"kind": "server", "name": self.served_name, "asked with": self.style, "min_p and penalties": kept}
 
     def recall(self, identity: Any) -> None:
         """What an earlier evaluation in the same folder found out, so that it is asked with the same prompts again."""
@@ -184,6 +186,8 @@ class Endpoint:
             body["seed"] = derive(config.seed, "eval", *question.key, samples[0]) % 2**31
         if config.top_k:
             body["top_k"] = config.top_k
+        if self.style == "completions" and config.server.vllm_fields:
+            body |= {"top_k": config.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
         if self.style == "completions":
             path, body["prompt"] = "completions", question.ids.tolist()
         else:
@@ -217,7 +221,7 @@ class _Doubt:
         if len(self._held) >= REFUSALS:
             raise ServerError(
                 f"the server at {self._base} refused the first {len(self._held)} questions ({response.failed}): lower "
-                "--max-input or --max-output, or see --server.send-seed and --server.limit-key"
+                "--max-input or --max-output, or see --server.send-seed, --server.vllm-fields and --server.limit-key"
             )
 
     def release(self) -> None:

@@ -49,7 +49,7 @@ class LocalModel:
         config = folder / "config.json"
         weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         return {
-            "kind": "directory", "name": self.config.model, "dtype": self.config.local.dtype, "yarn": self.config.local.yarn,
+            "kind": "directory", "name": self.config.model, "min_p and penalties": "off", "dtype": self.config.local.dtype, "yarn": self.config.local.yarn,
             "rope_scaling": None if self.config.local.rope_scaling is None else vars(self.config.local.rope_scaling),
             "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
             "weights": {file.name: _weights_sha256(file) for file in weights},

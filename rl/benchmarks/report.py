@@ -57,8 +57,12 @@ def notes_of(results: Results) -> list[str]:
     notes = [
         f"Made {results['made']['date']} by longreach {results['made']['longreach']}; {counts['responses']} responses to {counts['questions']} questions."
     ]
-    if conditions["scored"]["judge"] is None:
+    if conditions["scored"]["judge"] is None and any(benchmark["judged"] for benchmark in results["benchmarks"]):
         notes.append("No judge was asked: the score is the rule's alone, and paraphrases count as wrong.")
+    if conditions["model"]["min_p and penalties"] != "off":
+        notes.append(
+            "Sampling beyond temperature and top_p (top_k, min_p, penalties) was left to the server's own defaults."
+        )
     for name, text in (
         ("failed_requests", "requests failed; they count as wrong and are listed"),
         ("judge_failures", "answers have no verdict of the judge; their score is the rule's"),
@@ -116,7 +120,8 @@ def _scores(results: Results) -> Table:
         )
     return Table(
         f"Scores (avg@{k}, %)",
-        "score = max(rule, judge). In brackets the 95 % interval, by percentile bootstrap over questions. The last column is max(published "
+        "score = max(rule, judge). In brackets the 95 % interval, by percentile bootstrap over questions (Clopper and Pearson's where all are right or all "
+        "wrong). The last column is max(published "
         "rule, judge), the published table's own.",
         ("benchmark", "questions", "score", f"rule ({results['conditions']['scored']['rule']})", "judge", "with the published rule"),
         tuple(rows), frozenset({len(rows) - 1}) if average else frozenset(),

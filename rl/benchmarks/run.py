@@ -56,10 +56,11 @@ def run_evaluation(
     with closing(folder):
         folder.open(conditions(config, model, tokenizer, sources), rescore=rescore)
         judge = make_judge(config.judge, environ, root, console.warn) if config.judge else None
-        if judge is None:
-            console.warn("no judge is given (--judge-url): the score is the rule's alone, which misses paraphrases")
-        elif any(question.judged for question in questions):
-            _probe(judge, console)
+        if any(question.judged for question in questions):
+            if judge is None:
+                console.warn("no judge is given (--judge-url): the score is the rule's alone, which misses paraphrases")
+            else:
+                _probe(judge, console)
         begun = time.monotonic()
         scored = _ask(config, model, folder, questions, judge, console)
         results = {

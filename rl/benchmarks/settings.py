@@ -33,7 +33,8 @@ class ServerConfig:
 
     style: `completions` sends token ids to /completions (vLLM takes them), `chat` sends text to /chat/completions, `auto`
     asks the server once. limit_key is what the server calls the longest answer; send_seed false is for a server
-    that refuses a seed.
+    that refuses a seed. vllm_fields: with `completions` top_k, min_p and repetition_penalty are sent too, since vLLM else takes
+    them from the model's generation_config.json without a word (Qwen3's says top_k 20).
     """
 
     api_key_env: str | None = None
@@ -50,6 +51,7 @@ class ServerConfig:
     style: str = "auto"
     limit_key: str = "max_tokens"
     send_seed: bool = True
+    vllm_fields: bool = True
 
     def __post_init__(self) -> None:
         lowest = {

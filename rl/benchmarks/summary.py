@@ -79,6 +79,7 @@ def _benchmark(name: str, scored: Sequence[Scored], config: EvaluationConfig) ->
     made = intervals(_columns(scored, config), resamples=config.resamples, seed=seed)
     return {
         "name": name,
+        "judged": scored[0].question.judged,
         **{measure: made[measure].dump() for measure in MEASURES},
         "pass_at": {str(k): made[f"pass@{k}"].dump() for k in ks_of(config.samples)},
         "rules": {rule: made[f"rule:{rule}"].dump() for rule in config.rules},

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ Message = tuple[list[tuple[int, list[Completion]]], list[str]]
 """To all ranks: finished groups, and servers that need the policy's weights."""
 
 _BEAT_S = 10.0
-"""Ranks that wait for completions hear from rank 0 at least so often: no collective lasts as long as a generation."""
+"""Ranks that wait hear from rank 0 at least so often: no collective lasts as long as a generation, or a start."""
 
 _ASK_S = 60.0
 _LOOK_S = 0.5
@@ -77,6 +78,8 @@ class VllmGenerator:
             ServerError: a server doesn't come up.
         """
         self._ranks.together(lambda: self._start(window), lambda: None)
+        while not self._ranks.together(self._started, lambda: None):
+            pass
 
     def close(self) -> None:
         """See `Generator`. Ends what was started here, and nothing else."""
@@ -156,13 +159,20 @@ class VllmGenerator:
         ]
         self._background = Background("generation").__enter__()
         self._asking = Asking(Pool(self._hosts, config.concurrency), config)
-        began = time.monotonic()
         for host in self._hosts:
             if host.server is not None:
                 host.server.start()
                 self._say(f"starting vLLM at {host.url} (log: {host.server.log})")
-        self._background.submit(self._all_up(window)).result()
+        self._starting = time.monotonic(), self._background.submit(self._all_up(window))
+
+    def _started(self) -> bool:
+        """Whether all servers are up, after a while of waiting."""
+        began, starting = self._starting
+        if not futures.wait([starting], _BEAT_S).done:
+            return False
+        starting.result()
         self._say(f"{len(self._hosts)} vLLM server(s) ready after {time.monotonic() - began:.0f} s")
+        return True
 
     def _servers(self, window: int) -> list[Server]:
         config, python = self.config, self.config.interpreter()

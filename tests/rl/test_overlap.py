@@ -27,6 +27,7 @@ from longreach.rl.grpo import GrpoConfig, GrpoTrainer
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.recipe import Recipe, load_recipe
+from longreach.rl.run import Stopwatch
 from longreach.rl.sampler import PromptSampler
 from longreach.rl.train import Stopped, train
 
@@ -76,6 +77,9 @@ class Elsewhere:
         self.refresh()
         return self.made(prompts, group_size, sampling, seed, on_done)
 
+    def sample_most(self, *_: object) -> list[list[Completion]]:
+        raise AssertionError("no stragglers here")
+
     def made(self, *arguments: Any) -> list[list[Completion]]:
         self.threads.append((threading.current_thread().name, self.version))
         return LocalGenerator(self.copy).sample(*arguments)
@@ -116,7 +120,7 @@ def steps(trainer: GrpoTrainer, count: int, first: int = 1) -> list[tuple[dict[s
     with trainer.overlapping(first, first + count - 1, lambda step: []):
         for step in range(first, first + count):
             made.append(trainer.step(step, 0.3))
-            trainer.hand_over(step)
+            trainer.hand_over(step, Stopwatch())
     return made
 
 
@@ -166,7 +170,7 @@ def test_the_state_of_the_prompts_is_the_step_s_and_not_the_thread_s(make_run: M
     plain = PromptSampler(range(12), {}, seed=0)
     with trainer.overlapping(1, 5, lambda step: []):
         trainer.step(1, 0.3)
-        trainer.hand_over(1)
+        trainer.hand_over(1, Stopwatch())
         plain.take(4)
         assert trainer.sampler.state() == plain.state()
 
@@ -175,7 +179,7 @@ def test_an_evaluation_between_steps_has_the_generator_for_itself(make_run: Make
     trainer, served = make_run(staleness=2)
     with trainer.overlapping(1, 5, lambda step: []) as alone:
         trainer.step(1, 0.3)
-        trainer.hand_over(1)
+        trainer.hand_over(1, Stopwatch())
         with alone(1):
             before = len(served.threads)
             trainer.policy.sample(trainer.prompts[:2], 1, SAMPLING, 0)
@@ -195,7 +199,7 @@ def test_what_goes_wrong_ahead_ends_its_own_step(make_run: Make) -> None:
     served.made = broken
     with trainer.overlapping(1, 3, lambda step: []):
         trainer.step(1, 0.3)
-        trainer.hand_over(1)
+        trainer.hand_over(1, Stopwatch())
         with pytest.raises(OSError, match="the server is gone"):
             trainer.step(2, 0.3)
 

@@ -141,7 +141,7 @@ def steps(trainer: GrpoTrainer, last: int = 3, first: int = 1, until: int | None
     with trainer.overlapping(first, last, lambda step: []):
         for step in range(first, (until or last) + 1):
             made.append(trainer.step(step, 0.3))
-            trainer.hand_over(step)
+            trainer.hand_over(step, training.Stopwatch())
     return made
 
 

@@ -149,6 +149,13 @@ def test_seconds_and_what_is_hidden() -> None:
     assert seconds(EVALUATION) == {"evaluation": 2.0}
 
 
+def test_what_was_sampled_while_the_step_before_trained_costs_this_one_its_wait() -> None:
+    ahead = [["gen", -3.0, 0.5], ["reward", 0.5, 0.75], ["wait_for_rollouts", 0.0, 0.8], ["update_actor", 0.8, 2.0], ["step", 0.0, 2.0]]  # fmt: skip
+    sums = seconds(line(*ahead, ["update_weights", 2.0, 2.5]))
+    assert (sums["gen"], sums["reward"], sums["update_weights"]) == (0.0, 0.0, 0.0)
+    assert (sums["wait_for_rollouts"], sums["update_actor"]) == (0.8, 1.2) and sums[OTHER] == pytest.approx(0.0)
+
+
 def test_the_judges_work_stands_where_it_was_done(
     policy: Policy, make_prompts: Callable[..., list[Prompt]], server: Any
 ) -> None:
@@ -254,5 +261,5 @@ def test_the_report_says_how_much_of_the_judge_is_hidden(tmp_path: Path) -> None
     data = collect(tmp_path)
     [stage] = data["time"]["stages"]
     assert (stage["judge"], stage["hidden"], stage["step"], stage["steps"]) == (3.5, 2.0, 9.25, 1)
-    assert data["time"]["bars"][0]["seconds"] == [4.0, 1.5, 0.5, 0.5, 2.5, 0.25]
+    assert data["time"]["bars"][0]["seconds"] == [0.0, 0.0, 4.0, 1.5, 0.5, 0.5, 2.5, 0.25]
     assert sum("timeline.jsonl" in note for note in data["notes"]) == 2

@@ -94,9 +94,11 @@ def test_other_questions_are_refused(two: tuple[Path, Path]) -> None:
 def test_another_tokenizer_is_told_not_refused(two: tuple[Path, Path]) -> None:
     a, b = read(two[0]), read(two[1])
     b["conditions"]["tokenizer"] = {"sha256": "other"}
+    b["conditions"]["model"]["min_p and penalties"] = "as the server has them"
     b["counts"]["failed_requests"] = 3
     notes = compare(a, b).notes
-    assert notes[0].startswith("The two have different tokenizers") and "B: 3 requests failed" in notes[1]
+    assert notes[0].startswith("The two have different tokenizers") and "B: 3 requests failed" in notes[2]
+    assert notes[1] == "Sampling beyond temperature and top_p was off for A and as the server has them for B."
 
 
 def test_no_finished_evaluation(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -258,6 +258,28 @@ def test_key_limit_name_seed_and_top_k_go_as_told(server: Any, ask: Any) -> None
     assert "seed" not in body and "max_tokens" not in body
 
 
+def test_what_vllm_would_take_from_the_models_own_defaults_is_switched_off(server: Any, ask: Any) -> None:
+    off = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    server.respond = lambda _n, body: (
+        server.http(200, replies(choices=text("a"))) if "prompt" in body else server.chat("a")
+    )
+    ask()
+    assert {name: server.bodies[-1].get(name) for name in off} == off
+    for keys in ({"server__vllm_fields": False}, {"server__style": "chat"}):
+        ask(**keys)
+        assert not set(off) & set(server.bodies[-1])
+
+
+def test_the_identity_tells_whose_defaults_hold(settings: Settings, tiny_dir: Path) -> None:
+    def told(**keys: Any) -> str:
+        return Endpoint(settings("http://h/v1", "qasper", **keys), load_tokenizer(tiny_dir)).identity()[
+            "min_p and penalties"
+        ]
+
+    assert told() == "off"
+    assert told(server__vllm_fields=False) == told(server__style="chat") == "as the server has them"
+
+
 def test_a_question_has_its_seed_whatever_else_is_asked(server: Any, ask: Any) -> None:
     server.respond = lambda _n, _body: server.http(200, replies(choices=text("a")))
     ask(count=3, seed=5)

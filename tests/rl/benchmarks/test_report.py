@@ -103,6 +103,12 @@ def test_what_went_wrong_is_told(results: dict[str, Any]) -> None:
     assert counts["frames"][1:3] == ["4", "8"] and counts["frames"][5] == "2"
 
 
+def test_a_servers_own_sampling_is_told(results: dict[str, Any]) -> None:
+    assert not any("own defaults" in note for note in report.notes_of(results))
+    results["conditions"]["model"]["min_p and penalties"] = "as the server has them"
+    assert any("left to the server's own defaults" in note for note in report.notes_of(results))
+
+
 def test_the_tables_of_passes_rules_and_lengths(results: dict[str, Any]) -> None:
     made = page_of(results)
     assert made.tables["pass@k (%)"][0] == ["benchmark", "pass@1", "pass@2"]

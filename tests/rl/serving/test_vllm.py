@@ -125,8 +125,9 @@ def test_what_top_p_kept_is_not_known_and_log_probs_are_of_what_is_left(
 
 
 def test_a_seed_repeats_a_group_and_its_members_differ(served: VllmGenerator, make_prompts: Make) -> None:
-    """Within one chunk: of a longer prompt, vLLM 0.32 would die of the seed on a CPU (so none is sent there)."""
-    [prompt] = make_prompts(40)
+    """The whole group's prompts fit one chunk: cut in two, one would kill vLLM 0.32 on a CPU (so no seeds are sent there)."""
+    [prompt] = make_prompts(20)
+    assert 4 * len(prompt.ids) < CHUNK
 
     def tokens(seed: int) -> list[list[int]]:
         body = replies.order(prompt.ids, 4, Sampling(12), served.policy.stop_ids, seed)
