@@ -7,7 +7,9 @@ which tokens. A phase's last step waits for all, so a phase trains on as many gr
 
 With v the version of a group's oldest token, step n trains it at age n - 1 - v, at most staleness + 1. A group that would be
 older in the step to come is dropped, and its prompt sampled anew there, on top of the step's own. With staleness 0 that is
-one that was late twice: completions that take longer than two steps' sampling are not learned from.
+one that was late twice: completions that take longer than two steps' sampling are not learned from, which leans towards
+short ones where `sampling/dropped_stale` isn't 0. What is gone on with after a hand-over is computed again from the prompt
+on, since the servers drop their caches with the old weights.
 
 What is unfinished lives in memory alone. Its prompts stand in the sampler's state, as owed to the next step: a run that is
 stopped or killed samples them anew, so it loses no prompt and trains on none twice.
