@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -124,7 +124,7 @@ class LocalGenerator:
     def call_off(self) -> None:
         pass
 
-    def sample_most(self, *_: object) -> list[list[Completion]]:
+    def sample_most(self, *_: Any, **__: Any) -> list[list[Completion]]:
         raise AssertionError("the policy's own model ends with its whole batch")
 
     def sample(

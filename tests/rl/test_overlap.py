@@ -77,7 +77,7 @@ class Elsewhere:
         self.refresh()
         return self.made(prompts, group_size, sampling, seed, on_done)
 
-    def sample_most(self, *_: object) -> list[list[Completion]]:
+    def sample_most(self, *_: Any, **__: Any) -> list[list[Completion]]:
         raise AssertionError("no stragglers here")
 
     def made(self, *arguments: Any) -> list[list[Completion]]:

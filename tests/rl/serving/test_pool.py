@@ -59,6 +59,7 @@ def test_a_place_is_waited_for_and_the_one_avoided_is_taken_if_there_is_no_other
         pool = Pool(hosts(2), concurrency=1)
         first = await pool.take([1], 10)
         second = await pool.take([1], 10)
+        assert first is not None and second is not None
         assert {first.url, second.url} == {host.url for host in pool.hosts}
         third = asyncio.create_task(pool.take([1], 10, avoid={first.url}))
         await asyncio.sleep(0.01)
@@ -68,6 +69,21 @@ def test_a_place_is_waited_for_and_the_one_avoided_is_taken_if_there_is_no_other
         assert not third.done(), "the other one is up, and will have a place"
         await pool.now(second, up=False, version=0)
         assert await third is first, "now there is no other"
+
+    asyncio.run(course())
+
+
+def test_who_waits_for_a_place_can_be_told_not_to() -> None:
+    async def course() -> None:
+        pool, stop = Pool(hosts(1), concurrency=1), asyncio.Event()
+        assert await pool.take([1], 10, stop=stop) is pool.hosts[0]
+        waiting = asyncio.create_task(pool.take([1], 10, stop=stop))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        stop.set()
+        await pool.look()
+        assert await waiting is None and pool.hosts[0].groups == 1
+        assert await pool.take([1], 10, stop=stop) is None
 
     asyncio.run(course())
 
