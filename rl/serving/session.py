@@ -24,18 +24,18 @@ def generating(
 ) -> Iterator[None]:  # fmt: skip
     """The policy generates as [generator] says, for sequences of up to `window` tokens.
 
-    `home` is where servers keep their logs, and where weights are handed over unless `hand_over` does it another way; without one it is a new folder of the system's for temporary files.
+    `home` is where servers keep their logs and where weights are handed over (unless `hand_over` does it in a way of its own);
+    without one it is a new folder of the system's for temporary files.
     """
     if recipe.generator.kind == "local":
         yield
         return
     if home is None and policy.ranks.main:
         home = Path(tempfile.mkdtemp(prefix="longreach-servers-"))
-    home = policy.ranks.first(lambda: home)
+    here = policy.ranks.first(lambda: (home or Path()).absolute())
     if hand_over is None:
-        owner = f"{socket.gethostname()}:{home.absolute()}"
-        hand_over = Handing(recipe.generator.sync, owner, home.absolute() / "handed-over")
-    policy.served = VllmGenerator(policy, recipe.generator, home, hand_over=hand_over, say=say)
+        hand_over = Handing(recipe.generator.sync, f"{socket.gethostname()}:{here}", here / "handed-over")
+    policy.served = VllmGenerator(policy, recipe.generator, here, hand_over=hand_over, say=say)
     try:
         policy.served.start(window)
         yield
