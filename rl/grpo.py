@@ -121,7 +121,9 @@ class GrpoTrainer:
             if self.policy.served is not None:
                 with watch("update_weights"):
                     self.policy.served.refresh()
-            return self.collect(step, watch, saved)
+            groups = self.collect(step, watch, saved)
+            self.policy.rest()
+            return groups
         with watch("wait_for_rollouts"):
             found = self._overlap.take(step).made
         watch.join(found.seconds, found.spans)

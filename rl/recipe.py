@@ -102,6 +102,11 @@ class Recipe:
                 f"rl.staleness = {self.rl.staleness} samples while the policy trains, which another program must do: set "
                 'generator.kind = "vllm", or staleness = 0'
             )
+        if self.generator.sync.sleep:
+            raise ValueError(
+                f"rl.staleness = {self.rl.staleness} samples while the policy trains, and generator.sync.sleep gives the servers' "
+                "GPU to the trainer meanwhile: set one of them to 0"
+            )
         if phase.top_p < 1 or phase.top_k:
             raise ValueError(
                 f"rl.staleness = {self.rl.staleness} trains on rollouts of older weights, corrected by the generator's log-probs, and "

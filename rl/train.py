@@ -178,6 +178,7 @@ class Run:
         def one(step: int, learning_rate: float, watch: Stopwatch) -> dict[str, float]:
             batch = sft_batch(groups, config, self.recipe.run.seed, step)
             clip = self.recipe.optimizer.grad_clip
+            policy.rest()
             return sft_step(
                 policy, self._optimizer(), batch, config, learning_rate=learning_rate, grad_clip=clip, watch=watch
             )

@@ -26,6 +26,17 @@ class Handing:
             self.sync = weight_sync(policy, urls, name, self.owner, self.config, self.folder)
         self._reports.append(self.sync.push(policy, policy.version, urls))
 
+    def rest(self) -> None:
+        """Rank 0: servers that share a GPU with the trainer sleep until the next push. One was made."""
+        assert self.sync is not None
+        if self.sync.gate.awake:
+            self.sync.sleep()
+
+    def close(self) -> None:
+        """Rank 0: another run may have the servers. Raises SyncError or ServerError."""
+        if self.sync is not None:
+            self.sync.close()
+
     @property
     def model(self) -> str | None:
         """What requests must name: None for the model that the server was started with."""
