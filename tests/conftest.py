@@ -152,7 +152,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if gpu and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         # One worker at a time on the GPU; elsewhere a file's tests share its fixtures, so they go to one worker.
-        item.add_marker(pytest.mark.xdist_group("gpu" if gpu else item.nodeid.split("::")[0]))
+        item.add_marker(
+            pytest.mark.xdist_group(
+                "gpu" if gpu else "vllm" if item.get_closest_marker("vllm") else item.nodeid.split("::")[0]
+            )
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

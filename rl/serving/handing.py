@@ -12,10 +12,10 @@ from .sync_kinds import weight_sync
 
 
 class Handing:
-    """A `HandOver`; all ranks call it. `owner` and `folder` as `weight_sync` has them."""
+    """A `HandOver`; all ranks call it. `owner`, `folder` and `probe_ids` as `weight_sync` has them."""
 
-    def __init__(self, config: SyncConfig, owner: str, folder: Path) -> None:
-        self.config, self.owner, self.folder = config, owner, folder
+    def __init__(self, config: SyncConfig, owner: str, folder: Path, probe_ids: Sequence[int] = ()) -> None:
+        self.config, self.owner, self.folder, self.probe_ids = config, owner, folder, probe_ids
         self.sync: WeightSync | None = None
         self._reports: list[SyncReport] = []
 
@@ -23,7 +23,7 @@ class Handing:
         """Raises SyncError, ServerError or ValueError as `WeightSync.push`."""
         if self.sync is None:
             name = model_source(policy.config)
-            self.sync = weight_sync(policy, urls, name, self.owner, self.config, self.folder)
+            self.sync = weight_sync(policy, urls, name, self.owner, self.config, self.folder, self.probe_ids)
         self._reports.append(self.sync.push(policy, policy.version, urls))
 
     def rest(self) -> None:
