@@ -3,8 +3,9 @@
 Version v of the policy is the one after v steps. Step n trains on rollouts that were sampled, whole, by one version, which
 is at least n - 1 - staleness: sampling for step n begins no earlier, and weights are handed over between two steps'
 rollouts, never within. So nothing has to be guessed per token, and nothing older than the bound exists that would have to
-be thrown away. Waiting for that boundary costs nothing in the long run: the slower of the two, sampling or training, sets
-the pace, and the other waits for it at the bound anyhow.
+be thrown away (groups that a step left unfinished are another matter: `stragglers.py`). Waiting for that boundary costs
+nothing in the long run: the slower of the two, sampling or training, sets the pace, and the other waits for it at the bound
+anyhow.
 
 Steps are sampled in order, by one thread: a step's prompts depend on what the step before gave back.
 """

@@ -7,7 +7,7 @@ on all ranks the same; `rollouts.roll_out` knows no difference. Only the local o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,6 +18,18 @@ from .prompts import Prompt
 
 if TYPE_CHECKING:
     from .policy import Policy
+
+
+UNFINISHED = "abort"
+"""The finish reason of a completion that was stopped and can be gone on with."""
+
+Sample = Callable[[Sequence[Prompt], int, Sampling, int, OnDone], list[list[Completion]]]
+"""As `Generator.sample`; a group that is left empty is not there yet."""
+
+
+def whole(group: Sequence[Completion]) -> bool:
+    """Whether all of it has ended."""
+    return all(one.finish_reason != UNFINISHED for one in group)
 
 
 class Generator(Protocol):
@@ -73,6 +85,17 @@ class Generator(Protocol):
         """
         ...
 
+    def sample_most(
+        self, prompts: Sequence[Prompt], begun: Sequence[Sequence[Completion]], spare: int, group_size: int,
+        sampling: Sampling, seed: int, on_done: OnDone,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """As `sample`, without waiting for the last `spare` groups: they come as far as they are.
+
+        What of them hasn't ended is `UNFINISHED`, and `on_done` is not told of any of it. `begun` are the
+        groups that an earlier call left so, for the first of the prompts: they are gone on with, by the weights of now.
+        """
+        ...
+
 
 class LocalGenerator:
     """The policy's own model, with `engine.generate`; prompts are shared out over the ranks."""
@@ -107,6 +130,9 @@ class LocalGenerator:
 
     def call_off(self) -> None:
         pass
+
+    def sample_most(self, *_: object) -> list[list[Completion]]:
+        raise AssertionError("the policy's own model ends with its whole batch")
 
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone

@@ -31,6 +31,7 @@ from .run import Stopwatch
 from .sampler import PromptSampler
 from .seeds import derive
 from .step_metrics import add_means, cost, mask_metrics, mean_of, mismatch_metrics, rollout_metrics, staleness
+from .stragglers import Stragglers
 
 
 @dataclass
@@ -75,7 +76,9 @@ class GrpoTrainer:
         self.seed, self.grad_clip, self.reference = seed, grad_clip, reference
         self.console = console or Console(quiet=True)
         self.entropy = EntropyControl(config.entropy_weight, config.adaptive_entropy, config.aepo)
+        self.stragglers = Stragglers(config.stragglers, config.staleness)
         self._overlap: Overlap | None = None
+        self._last = 0
 
     def step(
         self, step: int, learning_rate: float, replay: list[RolloutGroup] | None = None,
@@ -87,15 +90,20 @@ class GrpoTrainer:
         """
         watch = watch or Stopwatch()
         watch.note = lambda name: self.policy.ranks.note(name, step)
+        counts: dict[str, float] = {}
         with watch("step"):
-            groups = self.advantages(self.sampled(step, watch, saved)) if replay is None else replay
+            if replay is None:
+                sampled, counts = self.sampled(step, watch, saved)
+                groups = self.advantages(sampled)
+            else:
+                groups = replay
             minibatches = self.minibatches([group for group in groups if group.rollouts[0].used])
             masked = self.attach_logprobs(minibatches, watch)
             with watch("update_actor"):
                 metrics = {**masked, **self.update_all(minibatches, learning_rate)}
         costs = cost(groups, watch, self.policy.model.device)
         asked = {**self.policy.generation_metrics(), **self.reward.metrics()}
-        return {**rollout_metrics(groups), **staleness(groups, step), **asked, **metrics, **costs}, groups
+        return {**rollout_metrics(groups), **staleness(groups, step), **counts, **asked, **metrics, **costs}, groups
 
     @contextmanager
     def overlapping(
@@ -104,8 +112,9 @@ class GrpoTrainer:
         """A block in which steps `first` to `last` are sampled while earlier ones train, `staleness` ahead at most.
 
         Gives what makes a block in which nothing is sampled, for evaluations between steps. `saved` are the groups that an
-        `Unjudged` left of a step. Where `staleness` is 0 nothing overlaps.
+        `Unjudged` left of a step. Where `staleness` is 0 nothing overlaps. Step `last` waits for all of its groups.
         """
+        self._last = last
         if not self.config.staleness or last < first:
             yield lambda step: nullcontext()
             return
@@ -115,20 +124,22 @@ class GrpoTrainer:
             finally:
                 self._overlap = None
 
-    def sampled(self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The step's groups: sampled now, or while earlier steps trained."""
+    def sampled(
+        self, step: int, watch: Stopwatch, saved: Sequence[RolloutGroup]
+    ) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """The step's groups, sampled now or while earlier steps trained, and what was counted of those that were late."""
         if self._overlap is None:
             if self.policy.served is not None:
                 with watch("update_weights"):
                     self.policy.served.refresh()
             groups = self.collect(step, watch, saved)
             self.policy.rest()
-            return groups
+            return groups, self.stragglers.counts
         with watch("wait_for_rollouts"):
             found = self._overlap.take(step).made
         watch.join(found.seconds, found.spans)
         self.sampler.load(found.sampler)
-        return found.groups
+        return found.groups, found.counts
 
     def hand_over(self, step: int, watch: Stopwatch) -> None:
         """After the step's updates: who samples ahead goes on with its weights. All ranks call it."""
@@ -142,25 +153,27 @@ class GrpoTrainer:
         """Sampled and scored groups; with dynamic sampling, until enough of them have rewards that differ.
 
         `saved` are the groups of the same step that an `Unjudged` left: they are scored, and not sampled again. `version` is
-        the policy's (None: the one that the step before made).
+        the policy's (None: the one that the step before made). Late groups stay in `stragglers` for the next step.
         """
         config, groups, chosen = self.config, list[RolloutGroup](), []
-        known = saved[0].rollouts[0].version if saved else version
-        version = step - 1 if known is None else known
+        version = step - 1 if version is None else version
         for batch in range(config.max_batches if config.dynamic_sampling else 1):
-            drawn = self.sampler.take(config.batch_prompts)
+            left = saved[len(groups) : len(groups) + config.batch_prompts] if config.dynamic_sampling else saved
+            drawn = self.stragglers.draw(self.sampler, config.batch_prompts, [g.prompt for g in left], self.prompts)
             chosen += drawn
-            with self.console.progress(f"{self.stage}: sampling", config.batch_prompts * config.group_size) as advance:
+            with self.console.progress(f"{self.stage}: sampling", len(drawn) * config.group_size) as advance:
                 try:
                     made = roll_out(
                         self.policy, self.reward, [self.prompts[i] for i in drawn], config.group_size, self.sampling,
                         seed=derive(self.seed, "rollout", self.stage, step, batch), stage=self.stage, step=step,
-                        first_group=len(groups), watch=watch, on_done=advance,
-                        saved=saved[len(groups) : len(groups) + len(drawn)],
+                        first_group=len(groups), watch=watch, on_done=advance, saved=left,
+                        sample=self.stragglers.sampling(self.policy, drawn, version, wait=step >= self._last),
                     )  # fmt: skip
                 except Unjudged as error:
-                    raise Unjudged(str(error), groups + [g.sampled_by(version) for g in error.groups]) from error
-            groups += [group.sampled_by(version) for group in made]
+                    told = self.stragglers.told(error.groups, version, left)
+                    raise Unjudged(str(error), groups + told) from error
+            groups += self.stragglers.told(made, version, left)
+            self.stragglers.end(self.sampler, step)
             if len(_differing(groups)) >= config.batch_prompts:
                 break
         if config.dynamic_sampling:

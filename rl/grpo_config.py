@@ -43,7 +43,8 @@ class GrpoConfig:
     wrong completions that the policy has moved away from.
 
     `staleness` is how many steps older than the weights it trains a step's rollouts may be: they are sampled meanwhile, by
-    another program (`overlap.py`); 0 is on-policy.
+    another program (`overlap.py`); 0 is on-policy. `stragglers` is how many of a step's groups may be late: its sampling
+    ends without them, and the next step's goes on with them, by newer weights (`stragglers.py`); 0 waits for all.
 
     `shared_prefix = false` computes a group's prompt once for each of its completions, as other trainers do: the same
     numbers at G times the work, for comparison.
@@ -80,6 +81,7 @@ class GrpoConfig:
     overlong_buffer: int = 0
     balanced_tasks: bool = False
     staleness: int = 0
+    stragglers: int = 0
     micro_batch_tokens: int = 65536
     shared_prefix: bool = True
 
@@ -100,6 +102,15 @@ class GrpoConfig:
             raise ValueError(f"rl.max_batches must be at least 1, not {self.max_batches}")
         if self.staleness < 0:
             raise ValueError(f"rl.staleness must be 0 (on-policy) or a number of steps, not {self.staleness}")
+        if not 0 <= self.stragglers < self.batch_prompts:
+            raise ValueError(
+                f"rl.stragglers must be 0 (all groups are waited for) or fewer than rl.batch_prompts = {self.batch_prompts}, "
+                f"not {self.stragglers}"
+            )
+        if self.stragglers and self.dynamic_sampling:
+            raise ValueError(
+                f"rl.stragglers = {self.stragglers}, but rl.dynamic_sampling must see all of a step's groups: leave out one of them"
+            )
         if self.overlong_buffer < 0:
             raise ValueError(f"rl.overlong_buffer must be 0 or more, not {self.overlong_buffer}")
 

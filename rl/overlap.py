@@ -28,12 +28,13 @@ _BEAT_S = 10.0
 
 @dataclass(frozen=True)
 class Collected:
-    """A step's rollouts, when what was done for them, and where the prompt sampler stood after them."""
+    """A step's rollouts, when what was done for them, where the prompt sampler stood after them, and what was late."""
 
     groups: list[RolloutGroup]
     seconds: dict[str, float]
     spans: list[Span]
     sampler: dict[str, Any]
+    counts: dict[str, float]
 
 
 class Overlap:
@@ -103,7 +104,8 @@ class Overlap:
     def _collect(self, step: int, version: int) -> Collected:
         watch = Stopwatch()
         groups = self._beside.collect(step, watch, self._saved(step), version=version)
-        return Collected(groups, watch.seconds, watch.spans, self._beside.sampler.state())
+        beside = self._beside
+        return Collected(groups, watch.seconds, watch.spans, beside.sampler.state(), beside.stragglers.counts)
 
 
 def beside(trainer: GrpoTrainer) -> GrpoTrainer:
@@ -114,4 +116,5 @@ def beside(trainer: GrpoTrainer) -> GrpoTrainer:
         policy.served = policy.served.beside(policy)
     made.policy, made.reward = policy, trainer.reward.alone()
     made.sampler, made.console = copy.deepcopy(trainer.sampler), Console(quiet=True)
+    made.stragglers = copy.copy(trainer.stragglers)
     return made

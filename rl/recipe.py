@@ -95,23 +95,26 @@ class Recipe:
             self._check_cache(f"the difficulty pass after phases.{index}", phase.upper, samples, limit)
 
     def _check_staleness(self, index: int, phase: Phase) -> None:
-        if not self.rl.staleness:
-            return
-        if self.generator.kind == "local":
-            raise ValueError(
-                f"rl.staleness = {self.rl.staleness} samples while the policy trains, which another program must do: set "
-                'generator.kind = "vllm", or staleness = 0'
-            )
-        if self.generator.sync.sleep:
+        for key, what in (
+            ("staleness", "samples while the policy trains"),
+            ("stragglers", "stops completions and goes on with them later"),
+        ):
+            value = getattr(self.rl, key)
+            if value and self.generator.kind == "local":
+                raise ValueError(
+                    f"rl.{key} = {value} {what}, which another program must do: set "
+                    f'generator.kind = "vllm", or {key} = 0'
+                )
+            if value and (phase.top_p < 1 or phase.top_k):
+                raise ValueError(
+                    f"rl.{key} = {value} trains on tokens of older weights, corrected by the generator's log-probs, and "
+                    f"phases.{index} cuts the distribution (top_p, top_k), of which servers give none that compare: set top_p = 1 and "
+                    f"top_k = 0, or {key} = 0"
+                )
+        if self.rl.staleness and self.generator.sync.sleep:
             raise ValueError(
                 f"rl.staleness = {self.rl.staleness} samples while the policy trains, and generator.sync.sleep gives the servers' "
                 "GPU to the trainer meanwhile: set one of them to 0"
-            )
-        if phase.top_p < 1 or phase.top_k:
-            raise ValueError(
-                f"rl.staleness = {self.rl.staleness} trains on rollouts of older weights, corrected by the generator's log-probs, and "
-                f"phases.{index} cuts the distribution (top_p, top_k), of which servers give none that compare: set top_p = 1 and "
-                "top_k = 0, or staleness = 0"
             )
 
     def _check_cache(self, what: str, prompt: int, samples: int, max_completion: int) -> None:

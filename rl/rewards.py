@@ -146,7 +146,7 @@ class Reward:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
     ) -> list[Scored]:
-        """The scores of all completions, which were handed in before, one example each (repeated within a group).
+        """The scores of all completions, which were handed in before, by ascending index; one example each (repeated within a group).
 
         An exception of the user's function goes through. Raises ValueError if it returns a wrong number of values,
         or one that is neither a finite number nor None, and JudgeFailing if the judge is no use.
@@ -154,7 +154,7 @@ class Reward:
         assert len(examples) == len(prompts) == len(completions) == len(completion_ids)
         values = self.ranks.first(lambda: self._values(examples, prompts, completions, completion_ids))
         looked = self._looked(scoring)
-        return [self._combine(looked[index], value) for index, value in enumerate(values)]
+        return [self._combine(looked[index], value) for index, value in zip(sorted(looked), values, strict=True)]
 
     def _values(
         self,

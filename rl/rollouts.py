@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine import Completion, Sampling
+from .generator import Sample
 from .judge_base import JudgeFailing
 from .policy import Policy
 from .prompts import Prompt, render
@@ -25,7 +26,8 @@ class Rollout:
 
     `group` counts the groups of a step. `rule_reason` is the rule's own code (`rules.REASONS`) and `extracted` the answer it read,
     also where a judge overruled it and `reason` says so. `reward` None: no verdict. `advantage` None: not trained on (no verdict, or its group was left out as `used` says).
-    `version` of the policy sampled all its tokens: the number of steps that its weights had made.
+    `version` of the policy sampled all its tokens: the number of steps that its weights had made. Where several did, `spans` are
+    (version, the first token that it sampled), and `version` is that of the first token.
     """
 
     stage: str
@@ -47,6 +49,16 @@ class Rollout:
     advantage: float | None = None
     used: bool = False
     version: int | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def versions(self) -> list[tuple[int, int]]:
+        """(version, how many tokens it sampled); nothing where that is not known."""
+        if self.version is None:
+            return []
+        spans = self.spans or ((self.version, 0),)
+        ends = [*(first for _, first in spans[1:]), len(self.completion_ids)]
+        return [(version, end - first) for (version, first), end in zip(spans, ends, strict=True)]
 
     def dump(self) -> dict[str, Any]:
         return dict(vars(self))  # not asdict, which copies every number of long completions one by one
@@ -54,7 +66,8 @@ class Rollout:
     @staticmethod
     def load(line: Mapping[str, Any]) -> Rollout:
         sequences = {key: tuple(line[key]) for key in ("completion_ids", "logprobs", "kept_logmass")}
-        return Rollout(**{**line, **sequences})
+        spans = tuple((version, first) for version, first in line.get("spans", ()))
+        return Rollout(**{**line, **sequences, "spans": spans})
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class RolloutGroup:
 
         A phase's completions would fill tens of gigabytes.
         """
-        light: dict[str, Any] = {"completion_ids": (), "completion": "", "logprobs": (), "kept_logmass": ()}
+        light = {"completion_ids": (), "completion": "", "logprobs": (), "kept_logmass": (), "spans": ()}
         plain = (
             replace(r, reward=None if r.reward is None else r.reward - (r.rewards.get("overlong") or 0.0), **light)
             for r in self.rollouts
@@ -114,11 +127,13 @@ def roll_out(
     watch: Stopwatch | None = None,
     on_done: Callable[[int], object] = lambda count: None,
     saved: Sequence[RolloutGroup] = (),
+    sample: Sample | None = None,
 ) -> list[RolloutGroup]:
     """Samples and scores G completions of each prompt. Training, the difficulty pass and evaluation all call this.
 
     Rules and judge work while other completions are still being generated. `on_done` is told how many have just ended;
-    `saved` are groups of the same prompts from an `Unjudged`, which are scored and not sampled again.
+    `saved` are groups of the same prompts from an `Unjudged`, which are scored and not sampled again. `sample` (None: the policy)
+    may leave groups empty, which are left out.
 
     Raises:
         Unjudged: the judge is no use; what was sampled is in it.
@@ -134,10 +149,11 @@ def roll_out(
             on_done(1)
 
         with watch("gen"):
-            sampled = _completions(saved, prompts) or policy.sample(prompts, group_size, sampling, seed, ended)
-        flat = [completion for group in sampled for completion in group]
+            ask = sample or policy.sample
+            sampled = _completions(saved, prompts) or ask(prompts, group_size, sampling, seed, ended)
+        flat = {i * group_size + place: one for i, group in enumerate(sampled) for place, one in enumerate(group)}
         ranks, told = policy.ranks, frozenset().union(*policy.ranks.every(frozenset(texts)))
-        for index, completion in enumerate(flat):
+        for index, completion in flat.items():
             group, place = divmod(index, group_size)
             if index not in told and group % ranks.size == ranks.rank:
                 ended(group, place, completion)
@@ -145,16 +161,14 @@ def roll_out(
                 texts[index] = policy.text(completion)
                 on_done(1)
         with watch("reward"):
-            scored, failing = _score(reward, scoring, policy, prompts, flat, texts)
+            scored, failing = _score(reward, scoring, policy, prompts, flat, texts, group_size)
     _note_times(watch, scoring, judged=reward.judge is not None)
     lines = [
-        _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + i // group_size)
-        for i, one in enumerate(flat)
+        _rollout(prompts[i // group_size], one, texts[i], scored[i], stage=stage, step=step, group=first_group + n // group_size)
+        for n, (i, one) in enumerate(flat.items())
     ]  # fmt: skip
-    groups = [
-        RolloutGroup(prompt, tuple(lines[number * group_size : (number + 1) * group_size]))
-        for number, prompt in enumerate(prompts)
-    ]
+    there = [prompt for prompt, group in zip(prompts, sampled, strict=True) if group]
+    groups = [RolloutGroup(p, tuple(lines[n * group_size :][:group_size])) for n, p in enumerate(there)]
     if failing is not None:
         raise Unjudged(str(failing), groups) from failing
     return groups
@@ -170,23 +184,23 @@ def _note_times(watch: Stopwatch, scoring: Scoring[Any], *, judged: bool) -> Non
 
 
 def _score(
-    reward: Reward, scoring: Scoring[Any], policy: Policy, prompts: Sequence[Prompt], flat: Sequence[Completion],
-    texts: Mapping[int, str],
-) -> tuple[list[Scored], JudgeFailing | None]:  # fmt: skip
-    """The scores; none of them, and why, where the judge is no use."""
-    each = [number for number in range(len(prompts)) for _ in range(len(flat) // len(prompts))]
+    reward: Reward, scoring: Scoring[Any], policy: Policy, prompts: Sequence[Prompt], flat: Mapping[int, Completion],
+    texts: Mapping[int, str], group_size: int,
+) -> tuple[dict[int, Scored], JudgeFailing | None]:  # fmt: skip
+    """The scores by index; none of them, and why, where the judge is no use."""
+    each = [index // group_size for index in flat]
     rendered = [render(prompt.example, policy.tokenizer) for prompt in prompts]
     try:
         scored = reward.finish(
             scoring,
             [prompts[number].example for number in each],
             [rendered[number] for number in each],
-            [texts[index] for index in range(len(flat))],
-            [list(completion.ids) for completion in flat],
+            [texts[index] for index in flat],
+            [list(completion.ids) for completion in flat.values()],
         )
     except JudgeFailing as failing:
-        return [Scored(None, {}, "judge_failed")] * len(flat), failing
-    return scored, None
+        return dict.fromkeys(flat, Scored(None, {}, "judge_failed")), failing
+    return dict(zip(flat, scored, strict=True)), None
 
 
 def _completions(saved: Sequence[RolloutGroup], prompts: Sequence[Prompt]) -> list[list[Completion]]:

@@ -25,6 +25,7 @@ class PromptSampler:
         self._drawn = dict.fromkeys(names, 0)
         self._next_task = 0
         self._queue: list[int] = []
+        self._owed: list[int] = []
         self._orders: dict[str, tuple[int, list[int]]] = {}
 
     def take(self, count: int) -> list[int]:
@@ -41,6 +42,15 @@ class PromptSampler:
         """Surplus prompts of a step come first in the next one."""
         self._queue = [*prompts, *self._queue]
 
+    def owe(self, prompts: Sequence[int]) -> None:
+        """Prompts of this step that were not trained on: `owed` to the next one, on top of its own."""
+        self._owed += prompts
+
+    def owed(self) -> list[int]:
+        """Takes them."""
+        owed, self._owed = self._owed, []
+        return owed
+
     def _draw(self, name: str) -> int:
         pool = self._pools[name]
         epoch, position = divmod(self._drawn[name], len(pool))
@@ -52,9 +62,15 @@ class PromptSampler:
         return self._orders[name][1][position]
 
     def state(self) -> dict[str, Any]:
-        return {"drawn": dict(self._drawn), "next_task": self._next_task, "queue": list(self._queue)}
+        return {
+            "drawn": dict(self._drawn),
+            "next_task": self._next_task,
+            "queue": list(self._queue),
+            "owed": list(self._owed),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._drawn = dict(state["drawn"])
         self._next_task = state["next_task"]
         self._queue = list(state["queue"])
+        self._owed = list(state.get("owed", ()))  # older checkpoints owe none

@@ -33,9 +33,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def staleness(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
-    """How many steps the policy had made since it sampled what this step trains on; where that is known (replays may not say)."""
-    ages = [step - 1 - r.version for group in groups for r in group.rollouts if r.version is not None]
-    return {"sampling/staleness/mean": mean_of(ages), "sampling/staleness/max": max(ages)} if ages else {}
+    """How many steps the policy had made since it sampled the tokens that this step trains on; where that is known (replays may not say)."""
+    each = [pair for group in groups for r in group.rollouts for pair in r.versions]
+    if not each:
+        return {}
+    tokens = sum(count for _, count in each)
+    mean = sum((step - 1 - version) * count for version, count in each) / tokens
+    return {"sampling/staleness/mean": mean, "sampling/staleness/max": max(step - 1 - v for v, _ in each)}
 
 
 def mask_metrics(

@@ -2,7 +2,8 @@
 
 All of it runs in one event loop in a thread of its own; the main thread takes what comes out of a queue, so that rules and judge
 see a group while others are still generated. A group whose reply is late, cut short or nonsense is queued again, at another server
-first; a server that is gone is waited for, or started again, while others go on.
+first; a server that is gone is waited for, or started again, while others go on. A batch can be stopped before all of its
+groups are there (`stopping.py`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import asyncio
 import queue
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ...engine import Completion, Sampling
 from . import replies
 from .config import ServingConfig
-from .http import ServerError, get, post
+from .http import ServerError, get
 from .pool import Host, Pool
+from .stopping import Part, joined, nothing, parts, stoppable
 
 HANGS_S = 60.0
 """A server of our own that runs and isn't healthy for so long is started again."""
@@ -34,21 +36,24 @@ class Job:
     name: str
     ids: Sequence[int]
     seed: int | None
+    begun: Sequence[Completion] = ()
+    """What an earlier call left of it."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What all groups of a call share."""
+    """What all groups of a call share. `stop` ends those that are still under way, with what they have so far."""
 
     group_size: int
     sampling: Sampling
     stop_ids: Collection[int]
     vocabulary: int
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A finished group of a batch."""
+    """A finished group of a batch, or one that was stopped."""
 
     batch: Batch
     place: int
@@ -79,11 +84,18 @@ class Asking:
         except* ServerError as errors:
             self.events.put(_first(errors))
 
+    async def stop(self, batch: Batch) -> None:
+        """Each of its groups that isn't there yet comes soon, whole or as far as it is."""
+        batch.stop.set()
+        await self.pool.look()
+
     async def _group(self, job: Job, batch: Batch) -> None:
         tokens = len(job.ids) + batch.group_size * batch.sampling.max_completion
         failed: list[ServerError] = []
-        while len(failed) < self.config.tries:
-            host = await self.pool.take(job.ids, tokens, {error.url for error in failed})
+        while len(failed) < self.config.tries and not batch.stop.is_set():
+            host = await self.pool.take(job.ids, tokens, {error.url for error in failed}, batch.stop)
+            if host is None:
+                break
             try:
                 self.events.put(Made(batch, job.place, await self._ask(host, job, batch)))
                 return
@@ -91,20 +103,41 @@ class Asking:
                 failed.append(error)
                 self.counts["rollout/failed_requests"] += 1
                 if not _passes(error):
-                    break
+                    raise _given_up(job, failed) from None
                 await self._look_at(host)
                 self.counts["rollout/requeued"] += len(failed) < self.config.tries
             finally:
                 await self.pool.give_back(host, tokens)
-        raise _given_up(job, failed)
+        if not batch.stop.is_set():
+            raise _given_up(job, failed)
+        self.events.put(Made(batch, job.place, list(job.begun) or nothing(batch.group_size)))
 
     async def _ask(self, host: Host, job: Job, batch: Batch) -> list[Completion]:
-        size, sampling, stops = batch.group_size, batch.sampling, batch.stop_ids
-        body = replies.order(job.ids, size, sampling, stops, job.seed, self.model)
-        limit = replies.largest(size, sampling)
-        reply = await post(host.url, replies.PATH, body, deadline=self.config.deadline_s, largest=limit)
+        """The group, of which a server is asked what `job.begun` lacks: all of it comes, or none."""
+        made = list(job.begun) or nothing(batch.group_size)
+        asked, problem = parts(job.begun, batch.group_size), None
+        replied: list[asyncio.Task[list[Completion]]] = []
         try:
-            return replies.read(reply, size, sampling, stops, batch.vocabulary)
+            async with asyncio.TaskGroup() as tasks:
+                replied += [tasks.create_task(self._part(host, job, part, batch)) for part in asked]
+        except* ServerError as errors:
+            problem = _first(errors)
+        if problem is not None:
+            raise problem
+        for part, reply in zip(asked, replied, strict=True):
+            for place, more in zip(part.places, reply.result(), strict=True):
+                made[place] = joined(made[place], more)
+        return made
+
+    async def _part(self, host: Host, job: Job, part: Part, batch: Batch) -> list[Completion]:
+        size, stops = len(part.places), batch.stop_ids
+        sampling = replace(batch.sampling, max_completion=batch.sampling.max_completion - len(part.begun))
+        seed = None if job.seed is None else job.seed + part.seed
+        body = replies.order([*job.ids, *part.begun], size, sampling, stops, seed, self.model)
+        limit = replies.largest(size, sampling)
+        reply = await stoppable(host.url, body, batch.stop, deadline=self.config.deadline_s, largest=limit)
+        try:
+            return replies.read(reply, size, sampling, stops, batch.vocabulary, stopped=batch.stop.is_set())
         except replies.BadReply as error:
             raise ServerError(host.url, f"bad reply: {error}") from None
 

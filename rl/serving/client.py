@@ -20,6 +20,7 @@ from typing import Any
 from ...engine import Completion, Sampling
 from ...engine.generate import OnDone, prompt_seeds
 from ..background import Background
+from ..generator import whole
 from ..policy import Policy
 from ..prompts import Prompt
 from ..ranks import Ranks
@@ -144,13 +145,21 @@ class VllmGenerator:
         self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int, on_done: OnDone
     ) -> list[list[Completion]]:
         """See `Generator`. Raises ServerError, on all ranks, when a group can't be had."""
+        return self.sample_most(prompts, (), 0, group_size, sampling, seed, on_done)
+
+    def sample_most(
+        self, prompts: Sequence[Prompt], begun: Sequence[Sequence[Completion]], spare: int, group_size: int,
+        sampling: Sampling, seed: int, on_done: OnDone,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """See `Generator`. Raises as `sample`."""
         ranks, made = self._ranks, dict[int, list[Completion]]()
-        stream = self._stream(prompts, group_size, sampling, seed) if ranks.main else iter(())
+        stream = self._stream(prompts, begun, spare, group_size, sampling, seed) if ranks.main else iter(())
         while len(made) < len(prompts):
             finished, behind = ranks.together(lambda: next(stream), lambda: None)
             for place, group in finished:
                 made[place] = group
-                for index, completion in enumerate(group) if place % ranks.size == ranks.rank else ():
+                ours = whole(group) and place % ranks.size == ranks.rank
+                for index, completion in enumerate(group) if ours else ():
                     on_done(place, index, completion)
             if behind:
                 self._bring_in_step(behind)
@@ -221,19 +230,28 @@ class VllmGenerator:
         each = await asyncio.gather(*(well(host) for host in self._hosts))
         return {host.url: "not healthy" for host, fine in zip(self._hosts, each, strict=True) if not fine}
 
-    def _stream(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: int) -> Iterator[Message]:
+    def _stream(
+        self, prompts: Sequence[Prompt], begun: Sequence[Sequence[Completion]], spare: int, group_size: int,
+        sampling: Sampling, seed: int,
+    ) -> Iterator[Message]:  # fmt: skip
         """What rank 0 tells all of them, at least every few seconds until all groups are there."""
         assert self._background is not None, "it was started"
         own = seeded(self.policy, self.config)
         seeds = [each >> 1 if own else None for each in prompt_seeds(seed, len(prompts))]  # vLLM counts on from it
-        jobs = [Job(i, p.example.id, p.ids, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
+        begun = [*begun, *[()] * (len(prompts) - len(begun))]
+        each = enumerate(zip(prompts, seeds, begun, strict=True))
+        jobs = [Job(i, p.example.id, p.ids, s, b) for i, (p, s, b) in each]
         vocabulary = self.policy.model.config.get_text_config().vocab_size
         batch = Batch(group_size, sampling, self.policy.stop_ids, vocabulary)
         yield [], self._behind()
-        under_way = self._background.submit(self._asking.groups(jobs, batch))
+        under_way, missing = self._background.submit(self._asking.groups(jobs, batch)), len(jobs)
         try:
             while True:
-                yield self._next(batch)
+                finished, behind = self._next(batch)
+                missing -= len(finished)
+                if spare and missing <= spare:
+                    self._background.submit(self._asking.stop(batch)).result()
+                yield finished, behind
         finally:
             under_way.cancel()
 

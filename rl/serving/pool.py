@@ -51,13 +51,17 @@ class Pool:
     version: int = 0
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def take(self, ids: Sequence[int], tokens: int, avoid: Collection[str] = ()) -> Host:
+    async def take(
+        self, ids: Sequence[int], tokens: int, avoid: Collection[str] = (), stop: asyncio.Event | None = None
+    ) -> Host | None:
         """A server for a prompt of these ids and, with its completions, of so many tokens; waits for a place.
 
-        Servers in `avoid` get it if there is no other that is up.
+        Servers in `avoid` get it if there is no other that is up. None: `stop` was set, of which `look` must tell.
         """
         async with self._changed:
-            await self._changed.wait_for(lambda: self._places(avoid))
+            await self._changed.wait_for(lambda: self._places(avoid) or (stop is not None and stop.is_set()))
+            if stop is not None and stop.is_set():
+                return None
             host = choose(self._places(avoid), ids, tokens)
             host.tokens += tokens
             host.groups += 1
@@ -67,6 +71,11 @@ class Pool:
         async with self._changed:
             host.tokens -= tokens
             host.groups -= 1
+            self._changed.notify_all()
+
+    async def look(self) -> None:
+        """Whoever waits for a place looks whether it still needs one."""
+        async with self._changed:
             self._changed.notify_all()
 
     async def now(self, host: Host, *, up: bool, version: int | None) -> None:

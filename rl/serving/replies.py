@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...engine import Completion, Sampling
+from ..generator import UNFINISHED
 
 PATH = "/inference/v1/generate"
 
@@ -59,9 +60,9 @@ def largest(group_size: int, sampling: Sampling) -> int:
 
 
 def read(
-    reply: Any, group_size: int, sampling: Sampling, stop_ids: Collection[int], vocabulary: int
+    reply: Any, group_size: int, sampling: Sampling, stop_ids: Collection[int], vocabulary: int, *, stopped: bool = False
 ) -> list[Completion]:  # fmt: skip
-    """The group's completions, in their order.
+    """The group's completions, in their order; `stopped` ones may be unfinished.
 
     Raises:
         BadReply: anything is missing, too much, or not a thing that such a request can give.
@@ -75,16 +76,19 @@ def read(
     if sorted(numbers) != list(range(wanted)):
         raise BadReply(f"completions number {numbers} instead of 0 to {wanted - 1}")
     ordered = [choice for _, choice in sorted(zip(numbers, choices, strict=True), key=lambda pair: pair[0])]
-    made = [_completion(choice, sampling, frozenset(stop_ids), vocabulary) for choice in ordered]
+    made = [_completion(choice, sampling, frozenset(stop_ids), vocabulary, stopped) for choice in ordered]
     return made * group_size if greedy else made
 
 
-def _completion(choice: Any, sampling: Sampling, stop_ids: frozenset[int], vocabulary: int) -> Completion:
+def _completion(
+    choice: Any, sampling: Sampling, stop_ids: frozenset[int], vocabulary: int, stopped: bool
+) -> Completion:
     reason, ids = _field(choice, "finish_reason", str), _field(choice, "token_ids", list)
     content = _field(_field(choice, "logprobs", dict), "content", list)
-    if reason not in ("stop", "length"):
+    unfinished = stopped and reason == UNFINISHED
+    if reason not in ("stop", "length") and not unfinished:
         raise BadReply(f"a completion ended with {reason!r}")
-    if not ids:
+    if not ids and not unfinished:
         raise BadReply("a completion has no tokens")
     if len(content) != len(ids):
         raise BadReply(f"{len(content)} log-probs for {len(ids)} tokens")
@@ -97,7 +101,8 @@ def _completion(choice: Any, sampling: Sampling, stop_ids: frozenset[int], vocab
     stops = [place for place, token in enumerate(ids) if token in stop_ids]
     if stops != ([len(ids) - 1] if reason == "stop" else []):
         raise BadReply(f"a completion of {len(ids)} tokens ended with {reason!r} and has stop tokens at {stops[:5]}")
-    if len(ids) > sampling.max_completion or (reason == "length" and len(ids) < sampling.max_completion):
+    left = sampling.max_completion - len(ids)
+    if left < 0 or (reason == "length" and left) or (unfinished and not left):
         raise BadReply(f"a completion ended with {reason!r} after {len(ids)} of {sampling.max_completion} tokens")
     if sampling.temperature == 0.0:
         return Completion(tuple(ids), (0.0,) * len(ids), logprobs, reason)

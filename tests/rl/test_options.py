@@ -138,7 +138,9 @@ def test_a_step_without_changes_is_the_same_step(stepped: Make) -> None:
 
 
 def test_every_key_of_the_rl_step_has_a_row() -> None:
-    assert set(STEP) | {"balanced_tasks", "staleness"} == keys_of(GrpoConfig)  # `test_overlap.py`
+    assert set(STEP) | {"balanced_tasks", "staleness", "stragglers"} == keys_of(
+        GrpoConfig
+    )  # `test_overlap.py`, `test_stragglers.py`
 
 
 RULES: dict[type, dict[str, Row]] = {

@@ -94,9 +94,28 @@ def test_a_state_goes_on_where_it_was(before: int, balanced: bool) -> None:
 def test_a_state_is_not_changed_by_what_follows() -> None:
     made = sampler()
     made.give_back([5])
+    made.owe([4])
     state = made.state()
     made.take(9)
-    assert state == {"drawn": {"": 0}, "next_task": 0, "queue": [5]}
+    made.owed()
+    assert state == {"drawn": {"": 0}, "next_task": 0, "queue": [5], "owed": [4]}
+
+
+def test_what_is_owed_comes_once_on_top_of_a_steps_own_and_is_in_the_state() -> None:
+    made = sampler()
+    made.owe([4, 2])
+    made.owe([4])
+    again = sampler()
+    again.load(json.loads(json.dumps(made.state())))
+    for one in (made, again):
+        assert one.owed() == [4, 2, 4] and one.owed() == []
+    assert made.take(5) == again.take(5) == sampler().take(5)
+
+
+def test_a_state_of_before_there_were_debts_owes_nothing() -> None:
+    made = sampler()
+    made.load({"drawn": {"": 0}, "next_task": 0, "queue": []})
+    assert made.owed() == []
 
 
 def test_nothing_to_sample_from() -> None:

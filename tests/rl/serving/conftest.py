@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ def completion(index: int, ids: list[int], reason: str = "length", logprob: floa
 
 class FakeVllm:
     """The interfaces that the client asks, on a `judge_server.Server`. `generate(n, body)` answers the n-th group's request
-    with choices, or with a reply of the server's own kind."""
+    with choices, or with a reply of the server's own kind. The first `deaf` aborts are refused."""
 
     def __init__(self, server: Any, window: int = 4096) -> None:
         self.server, self.window, self.healthy, self.version = server, window, True, "default"
         self.orders: list[dict[str, Any]] = []
         self.generate: Callable[[int, dict[str, Any]], Any] = lambda _n, body: self.well(body)
         self.probe = 0.0
+        self.aborts: list[list[str]] = []
+        self.deaf = 0
         server.respond = self.respond
         self.url: str = server.url.removesuffix("/v1")
 
@@ -50,6 +53,15 @@ class FakeVllm:
             for i in range(asked["n"])
         ]
 
+    def stopped(self, body: dict[str, Any], seconds: float = 20.0) -> bool:
+        """Waits until this order is aborted."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if any(f"generate-tokens-{body['request_id']}" in ids for ids in self.aborts[self.deaf :]):
+                return True
+            time.sleep(0.01)
+        return False
+
     def respond(self, number: int, body: dict[str, Any]) -> Any:
         path, http = self.server.paths[number], self.server.http
         if path == "/health":
@@ -58,6 +70,9 @@ class FakeVllm:
             return http(200, json.dumps({"data": [{"id": "m", "max_model_len": self.window}]}))
         if path == "/weight_info":
             return http(200, json.dumps({"weight_version": self.version}))
+        if path == "/inference/v1/abort_requests":
+            self.aborts.append(body["request_ids"])
+            return http(200 if len(self.aborts) > self.deaf else 500)
         assert path == "/inference/v1/generate"
         if body["sampling_params"]["top_k"] == 1:
             return http(200, json.dumps({"choices": [completion(0, [5], logprob=self.probe)]}))

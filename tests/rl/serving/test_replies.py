@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longreach.engine import Sampling
+from longreach.engine import Completion, Sampling
 from longreach.rl.serving.replies import BadReply, largest, order, read
 
 STOPS, VOCABULARY, SAMPLING = (7, 0), 100, Sampling(3, temperature=0.7)
@@ -124,3 +124,23 @@ def test_longer_than_ordered_is_an_error_too() -> None:
 
 def test_a_reply_may_be_as_long_as_the_order_makes_it() -> None:
     assert largest(8, Sampling(10_000)) > 8 * 10_000 * 130, "what vLLM 0.32 takes for a token and its log-prob"
+
+
+def aborted(*ids: int) -> dict[str, Any]:
+    content = {"content": [entry(i) for i in ids]}
+    return {"choices": [{"index": 0, "token_ids": list(ids), "finish_reason": "abort", "logprobs": content}]}
+
+
+@pytest.mark.parametrize("ids", [(), (4,), (4, 5)])
+def test_what_was_stopped_has_what_was_sampled_so_far(ids: tuple[int, ...]) -> None:
+    [made] = read(aborted(*ids), 1, SAMPLING, STOPS, VOCABULARY, stopped=True)
+    assert made == Completion(ids, (-1.0,) * len(ids), (0.0,) * len(ids), "abort")
+
+
+@pytest.mark.parametrize(
+    "bad, told",
+    [(aborted(4, 5, 6), "'abort' after 3 of 3 tokens"), (aborted(4, 7), r"has stop tokens at \[1\]")],
+)
+def test_what_has_ended_can_t_have_been_stopped(bad: Any, told: str) -> None:
+    with pytest.raises(BadReply, match=told):
+        read(bad, 1, SAMPLING, STOPS, VOCABULARY, stopped=True)

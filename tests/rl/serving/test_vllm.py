@@ -13,20 +13,23 @@ import pytest
 import torch
 
 from longreach.engine import Completion, Group, Sampling
+from longreach.rl.generator import UNFINISHED
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.rollouts import roll_out
 from longreach.rl.serving import replies
 from longreach.rl.serving.client import VllmGenerator
 from longreach.rl.serving.config import ServingConfig
+from longreach.rl.serving.handing import Handing
 from longreach.rl.serving.http import post
+from longreach.rl.serving.sync_config import SyncConfig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 Make = Callable[..., Any]
 CHUNK = 128
 """Tokens in one forward of the server: the longer prompts below are computed in several."""
-WINDOW = 640
+WINDOW = 960
 ROUNDING = 1e-4
 """Log-probs of the same fp32 weights by two implementations that sum in different orders; 2.4e-6 was measured."""
 
@@ -148,6 +151,55 @@ def test_rollouts_are_scored_through_it(served: VllmGenerator, make_prompts: Mak
     assert [[r.reward for r in group.rollouts] for group in groups] == [[0.0, 1.0, 2.0]] * 3
     assert sum(told) == 9
     assert all(r.completion_ids and len(r.logprobs) == len(r.completion_ids) for g in groups for r in g.rollouts)
+
+
+def test_a_straggler_is_stopped_and_gone_on_with_by_new_weights(
+    served: VllmGenerator, make_prompts: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Make
+) -> None:
+    """Stopped as one request for the group, handed new weights, stopped as one for each completion, joined: each part has the
+    log-probs of the weights that sampled it."""
+    policy, size, limit, soon = served.policy, 3, 920, 900
+    monkeypatch.setattr(policy, "stop_ids", ())
+    monkeypatch.setattr(served, "hand_over", Handing(SyncConfig(kind="safetensors"), "here:/run", tmp_path))
+    short, long = make_prompts(9, 30)
+    sampling, told = Sampling(limit, temperature=0.7), []
+    ending = [Completion((20 + i,) * soon, (-1.0,) * soon, (0.0,) * soon, UNFINISHED) for i in range(size)]
+
+    def most(prompts: list[Prompt], begun: list[list[Completion]], spare: int) -> list[list[Completion]]:
+        return served.sample_most(prompts, begun, spare, size, sampling, 0, lambda p, i, _: told.append((p, i)))
+
+    quick, begun = most([short, long], [ending], 1)
+    assert [c.ids[:soon] for c in quick] == [c.ids for c in ending]
+    assert {c.finish_reason for c in begun} == {UNFINISHED} and sorted(told) == [(0, 0), (0, 1), (0, 2)]
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    old = ours(policy, [long], [begun], 0.7)
+    try:
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(1.2)
+        policy.version += 1
+        further, _ = most([long, short], [begun, ending], 1)
+        [made] = most([long], [further], 0)
+        new = ours(policy, [long], [made], 0.7).split(limit)
+    finally:
+        policy.model.load_state_dict(before)
+        policy.version -= 1
+        served.refresh()
+    sizes = [[len(c.ids) for c in group] for group in (begun, further, made)]
+    record_property("table", f"three completions stopped twice, after so many tokens: {sizes}")
+    assert all(0 < a <= b <= c == limit and a < c for a, b, c in zip(*sizes, strict=True)), sizes
+    for a, b, c in zip(begun, further, made, strict=True):
+        assert c.ids[: len(b.ids)] == b.ids and b.ids[: len(a.ids)] == a.ids
+        assert c.logprobs[: len(b.ids)] == b.logprobs and b.logprobs[: len(a.ids)] == a.logprobs
+    assert len({c.ids for c in made}) == size and {c.finish_reason for c in made} == {"length"}
+    first = (flat([begun]) - old).abs().max().item()
+    rest = max((flat([[c]])[n:] - each[n:]).abs().max().item() for c, n, each in zip(made, sizes[0], new, strict=True))
+    wrong = min((flat([[c]])[:n] - each[:n]).abs().max().item() for c, n, each in zip(made, sizes[0], new, strict=True))
+    record_property(
+        "table",
+        f"off by at most {first:.1e} (old weights), {rest:.1e} (new ones); the old part by the new ones: {wrong:.1e}",
+    )
+    assert max(first, rest) < ROUNDING < 0.1 < wrong
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_is_started_again_and_nothing_is_lost(
