@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,22 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, shapes: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
-    """Writes `tensors` under the names "0", "1", ...
+def write_tensors(
+    path: Path, shapes: Sequence[Tensor], tensors: Iterable[Tensor], names: Sequence[str] | None = None
+) -> None:
+    """Writes `tensors` under their `names`, or else "0", "1", ...
 
     Args:
         shapes: what has the shape and dtype of each of them, known before they are.
     """
+    named = [str(i) for i in range(len(shapes))] if names is None else names
+    assert len(set(named)) == len(shapes)
     order = sorted(range(len(shapes)), key=lambda i: -shapes[i].dtype.itemsize)  # stable
-    header, starts, at = {}, {}, 0
+    header: dict[str, Any] = {} if names is None else {"__metadata__": {"format": "pt"}}  # transformers looks for it
+    starts, at = {}, 0
     for i in order:
         size = shapes[i].numel() * shapes[i].dtype.itemsize
-        header[str(i)] = {
+        header[named[i]] = {
             "dtype": _NAMES[shapes[i].dtype],
             "shape": list(shapes[i].shape),
             "data_offsets": [at, at + size],

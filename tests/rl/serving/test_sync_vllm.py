@@ -1,0 +1,238 @@
+"""Weights pushed to vLLM itself (its CPU build): they arrive, what doesn't is caught, and running requests know whose tokens they have.
+
+One server for all tests, started once more by the last; skipped where `make vllm` has set nothing up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from longreach.engine import Sampling
+from longreach.engine.generate import GeneratorConfig
+from longreach.engine.model import LoraConfig, ModelConfig
+from longreach.engine.plain_weights import PlainWeights
+from longreach.rl.policy import Policy
+from longreach.rl.serving import replies, sync_files
+from longreach.rl.serving.command import server_command, server_settings
+from longreach.rl.serving.config import ServingConfig
+from longreach.rl.serving.control import Control, StaleServer, SyncError
+from longreach.rl.serving.gate import Gate
+from longreach.rl.serving.http import ServerError, post
+from longreach.rl.serving.server import Server
+from longreach.rl.serving.sync_config import SyncConfig, server_needs
+from longreach.rl.serving.sync_files import FileSync
+from longreach.rl.serving.sync_lora import LoraSync
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+OWNER = "here:/runs/a"
+MODEL = "shipped:demo-base"
+RANK = 4
+WINDOW = 2048
+TOKENS = 1500
+"""Of a completion that is still under way when weights are pushed."""
+ROUNDING = 0.06
+"""Nats, the mean of a probe: bfloat16 on both sides, tokens that are mostly unlikely. Seen: 0.03 to 0.05; a wrong head: 0.28."""
+
+
+def load(**keywords: Any) -> Policy:
+    return Policy(ModelConfig(MODEL, autocast=True, device="cpu", **keywords), GeneratorConfig())
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    needs = server_needs(SyncConfig(kind="lora"), RANK)
+    config = ServingConfig(kind="vllm", args=needs.arguments, environment=dict(needs.environment))
+    try:
+        python = config.interpreter()
+    except ValueError as error:
+        pytest.skip(f"vLLM's environment isn't there: {error}")
+    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
+    made = Server(python, server_command(load(), config, WINDOW), log=log, settings=server_settings(config, 0))
+    try:
+        made.start()
+        asyncio.run(made.ready(300.0))
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def make_sync(server: Server, policy: Policy, tmp_path: Path) -> Callable[..., FileSync]:
+    def make(**keywords: Any) -> FileSync:
+        config = SyncConfig(**{"kind": "safetensors", "deadline": 60.0, "take_over": True, **keywords})
+        return FileSync([server.url], name(policy), OWNER, config, folder=tmp_path)
+
+    return make
+
+
+def name(policy: Policy) -> str:
+    return str(policy.model.config.name_or_path)
+
+
+def train(policy: Policy, by: float, seed: int = 1) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            if p.requires_grad:
+                spread = float(p.std().nan_to_num(0.0)) or 0.1  # the B of a new adapter is 0
+                p.add_(by * spread * torch.randn(p.shape, generator=draw))
+
+
+def test_both_sides_agree_before_and_after(policy: Policy, make_sync: Callable[..., FileSync]) -> None:
+    sync = make_sync()
+    reports = [sync.push(policy, 0)]
+    for version in (1, 2):
+        train(policy, 0.1, version)
+        reports.append(sync.push(policy, version))
+        sync.check()
+    for report in reports:
+        (difference,) = report.differences
+        assert max(difference.mean.values()) < ROUNDING, difference
+        assert report.bytes == PlainWeights(policy.model, torch.bfloat16).bytes
+    (telling,) = sync.sums._telling.values()
+    assert any("model.norm.weight" in name for name in telling), telling
+    assert max(sync.gauge.noise.values()) > 1e-4, "noise is what two roundings make, not nothing"
+
+
+def test_a_head_that_save_pretrained_leaves_out_is_caught(
+    policy: Policy, make_sync: Callable[..., FileSync], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithoutHead(PlainWeights):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.entries = [entry for entry in self.entries if entry.name != "lm_head.weight"]
+
+        def pairs(self, *, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+            return (pair for pair in super().pairs(keep=keep) if pair[0] != "lm_head.weight")
+
+    sync = make_sync()
+    sync.push(policy, 0)
+    train(policy, 0.1)
+    monkeypatch.setattr(sync_files, "PlainWeights", WithoutHead)
+    with pytest.raises(SyncError, match="tied head"):
+        sync.push(policy, 1)
+    monkeypatch.undo()
+    sync.push(policy, 2)
+
+
+def test_a_cache_that_was_not_reset_is_caught(policy: Policy, make_sync: Callable[..., FileSync]) -> None:
+    class Forgetful(Gate):
+        def close(self) -> None:
+            self.control.post("/pause", mode="wait", clear_cache="false")
+
+        def open(self) -> None:
+            self.control.post("/resume")
+
+    sync = make_sync()
+    sync.push(policy, 0)
+    sync.gate = Forgetful(sync.control, sync.config)
+    train(policy, 0.1)
+    with pytest.raises(SyncError, match=r"cached route .*prefix cache"):
+        sync.push(policy, 1)
+
+
+@pytest.mark.parametrize("pause", ["wait", "keep"])
+def test_a_request_under_way_ends_with_the_old_weights_or_says_where_the_new_ones_begin(
+    server: Server, policy: Policy, make_sync: Callable[..., FileSync], pause: str
+) -> None:
+    sync = make_sync(pause=pause)
+    sync.push(policy, 0)
+    train(policy, 0.1)
+    made: dict[str, Any] = {}
+    order = replies.order(range(20, 60), 1, Sampling(TOKENS), (), 3)
+    asking = threading.Thread(
+        target=lambda: made.update(asyncio.run(post(server.url, replies.PATH, order, deadline=120.0))), daemon=True
+    )
+
+    class Late(Gate):
+        """Closes on a request that has some tokens and not all."""
+
+        def close(self) -> None:
+            asking.start()
+            while running(server.url) == 0:
+                time.sleep(0.05)
+            time.sleep(0.3)
+            super().close()
+
+    sync.gate = Late(sync.control, sync.config)
+    sync.push(policy, 1)
+    asking.join(120.0)
+    spans = [(span["version"], span["end"] - span["start"]) for span in made["choices"][0]["weight_versions"]]
+    marks = [f"version 0 of {OWNER}", f"version 1 of {OWNER}"]
+    assert [version for version, _ in spans] == marks[: 1 if pause == "wait" else 2]
+    assert sum(length for _, length in spans) == TOKENS
+
+
+def running(url: str) -> int:
+    """Requests, by the server's own count."""
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    return sum(
+        int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:num_requests_running")
+    )
+
+
+def test_adapters_are_served_without_being_merged(
+    server: Server, policy: Policy, tmp_path: Path, make_sync: Callable[..., FileSync]
+) -> None:
+    make_sync().push(policy, 0)
+    adapted = load(lora=LoraConfig(rank=RANK, alpha=16.0, targets=("q_proj", "o_proj", "down_proj")))
+    config = SyncConfig(kind="lora", deadline=60.0, keep=1)
+    sync = LoraSync([server.url], name(policy), OWNER, config, folder=tmp_path / "adapters")
+    for version in (1, 2):
+        train(adapted, 1.0, version)
+        (difference,) = sync.push(adapted, version).differences
+        sync.check()
+        assert max(difference.mean.values()) < ROUNDING, difference
+    with pytest.raises(SyncError, match="other weights"):  # the base's own differ, or the adapters did nothing
+        sync.gauge.judge([server.url], sync_probe(sync, adapted, sync.base_model), 2)
+
+
+def sync_probe(sync: LoraSync, policy: Policy, model: str) -> Any:
+    probe = sync._probe
+    assert probe is not None
+    return probe.compare(policy, probe.ask(sync.control, model))
+
+
+def test_the_states_of_a_shared_gpu_are_the_servers_too(server: Server) -> None:
+    gate = Gate(Control([server.url], 30.0), SyncConfig(sleep=1))
+    for _ in range(2):
+        gate.sleep()
+        gate.close()
+        gate.open()
+    order = replies.order([5, 6, 7], 1, Sampling(4), (), 3)
+    assert asyncio.run(post(server.url, replies.PATH, order, deadline=30.0))["choices"]
+
+
+def test_a_server_that_does_not_see_the_folder_and_one_that_starts_again(
+    server: Server, policy: Policy, make_sync: Callable[..., FileSync], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching, sync = make_sync(), make_sync()
+    train(policy, 0.1)
+    watching.push(policy, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sync_files, "write_handover", lambda root, *_: root / "elsewhere")
+        with pytest.raises(SyncError, match=r"did not arrive by safetensors.*do they see"):
+            sync.push(policy, 2)
+    with pytest.raises((SyncError, ServerError)):
+        watching.check()
+    server.start()
+    asyncio.run(server.ready(300.0))
+    with pytest.raises(StaleServer, match=r"was started again .* not version 1"):
+        watching.check()
+    (difference,) = watching.push(policy, 1).differences
+    watching.check()
+    assert max(difference.mean.values()) < ROUNDING
