@@ -57,7 +57,7 @@ old-triton: $(OLDEST)/.ready-$(OLDEST_TRITON) ## the oldest Triton that kernels 
 # vLLM pins a torch of its own and is never imported here: servers run from an environment of theirs. The CPU build is a
 # repackaging under another name; it draws in audio and vision packages that are linked to CUDA and break its import.
 VLLM := .venv-vllm
-VLLM_RELEASE := $(shell sed -n 's/^vllm = \["vllm==\([0-9.]*\)"\].*/\1/p' pyproject.toml)
+VLLM_RELEASE := 0.32.0
 VLLM_READY := $(VLLM)/.ready-$(VLLM_RELEASE)
 VLLM_CPU_TORCH := 2.13.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check --no-input --quiet

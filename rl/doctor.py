@@ -31,6 +31,7 @@ from ..kernels.linear_logprob import choose as choose_loss
 from .console import Console
 from .doctor_links import link_lines
 from .doctor_room import room_lines
+from .serving.config import ServingConfig
 
 NEEDED = (
     "torch",
@@ -50,7 +51,6 @@ EXTRAS = {
     "liger_kernel": "fused norms, rotations and gates: `longreach[liger]`",
     "ring_flash_attn": "another ring schedule: `longreach[ring]`",
     "flash_attn": "FlashAttention's own kernels, for the ring above",
-    "vllm": "a serving engine to generate with: `longreach[vllm]`",
     "tensorboard": "metrics there: `longreach[tensorboard]`",
     "trackio": "metrics there: `longreach[trackio]`",
     "wandb": "metrics there: `longreach[wandb]`",
@@ -101,6 +101,7 @@ def run_doctor(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], 
         "extras": [package.line for package in extras],
         "attention": attention_lines(device),
         "loss": loss_lines(device),
+        "servers": server_lines(),
         "links": links,
         f"longest prompt of {known.model}": room_lines(shape),
         "next": [advice(needed, extras, device)],
@@ -192,6 +193,18 @@ def _driver() -> str:
     )
 
 
+def server_lines() -> list[str]:
+    """vLLM, which has an environment of its own and is never imported here."""
+    try:
+        home = ServingConfig().interpreter().parents[1]
+    except ValueError:
+        return ["vLLM: not installed (make vllm)"]
+    found = sorted(path.name for path in home.glob("lib/python*/site-packages/vllm*.dist-info"))
+    return [f"{name.removesuffix('.dist-info').replace('-', ' ')} in {home}" for name in found] or [
+        f"vLLM: not in {home}, its install was cut off (make vllm)"
+    ]
+
+
 def attention_lines(device: torch.device) -> list[str]:
     """Which backends can take a bf16 call with heads of 128 here, and which `auto` takes."""
     q = torch.zeros(4, 1, 128, dtype=torch.bfloat16, device=device)
@@ -226,7 +239,7 @@ def advice(needed: Sequence[Package], extras: Sequence[Package], device: torch.d
     for package in extras:
         if package.problem and not any(f"No module named '{name}'" in package.problem for name in absent):
             return f"repair or remove {package.name} ({package.problem})"
-    worth = ["peft"] if device.type == "cpu" else ["peft", "torchao", "liger_kernel", "vllm"]
+    worth = ["peft"] if device.type == "cpu" else ["peft", "torchao", "liger_kernel"]
     for package in extras:
         if package.name in worth and package.version is None:
             return f"{package.name} would bring {EXTRAS[package.name]}"

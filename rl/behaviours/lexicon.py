@@ -40,13 +40,13 @@ _THE = (
 _PART = r"(?:table|note|section|page|figure|exhibit|item|chapter|appendix|paragraph|passage|document|line|row) (?:\d{1,4}|[ivx]{1,5}|[a-d])\b"
 _STATES = (
     r"(?:says?|said|states?|stated|mentions?|mentioned|shows?|reads?|notes?|indicates?|describes?|specif(?:y|ies)|reports?"
-    r"|lists?|gives|explains?|tells us|provides|records|discloses)"
+    r"|lists?|gives|explains?|tells us|provides|records|discloses|clarif(?:y|ies)|saying|stating|mentioning)"
 )
 _STATED = r"(?:stated|mentioned|said|noted|described|written|given|reported|listed|specified|shown|disclosed)"
 _LOOK = r"(?:looking at|going back to|turning to|going through|reading(?: through)?|scanning|returning to|referring to)"
 _ANY_SOURCE = rf"(?:{_THE} {_SOURCE}|{_PART})"
 
-_WE = r"(?:i|we|you)"
+_WE = r"(?:i|we)"
 _LETS = r"(?:let me|let's|let us|let’s)"
 _WILL = rf"(?:{_LETS}|{_WE}(?:'ll|’ll| will| need to| have to| should| must| can| could| want to)|i'm going to|i’m going to)"
 _SOON = r"(?: (?:first|now|next|then|also|just|quickly|begin by|start by|try to|carefully|again))?"
@@ -57,7 +57,7 @@ _CHECK = (
 _DO = (
     r"(?:find|identify|locate|compute|calculate|determine|figure out|work out|list|break|look for|look up|look at|extract"
     r"|compare|collect|gather|search for|get|add|subtract|divide|multiply|sum|convert|solve|answer|establish|understand"
-    r"|consider each|start|begin|read|scan|go through|parse|recall|note down|sort|count|derive|estimate|analy[sz]e)"
+    r"|consider each|start|begin|know|read|scan|go through|parse|recall|note down|sort|count|derive|estimate|analy[sz]e)"
 )
 _ORDER = r"(?:first|firstly|second|secondly|third|thirdly|next|then|finally|lastly|to start|to begin(?: with)?)"
 
@@ -85,8 +85,10 @@ BACKTRACKING = (
     r"[,;:—–-] ?(?:but |oh |no,? |hmm,? )?wait\b",
     r"\b(?:but|oh|hmm+|no),? wait\b",
     r"^(?:oh|but|hmm+|ah|so)?[,… ]{0,3}(?:hold on|hang on|scratch that|never ?mind|strike that|on second thought)\b",
-    r"\b(?:scratch that|on second thoughts?)\b",
-    r"^(?:hmm+|oh|ah|well)?[,.… ]{0,3}(?:no|nope)[,.]? (?:that|this|it|i|we|the|not)\b",
+    r"\b(?:scratch that|on second thoughts?)\b|^(?:no,? |but )?forget (?:that|it|what i)\b",
+    r"\b(?:this|that|which|it) contradicts (?:what (?:i|we)|my|our|the earlier)\b",
+    r"\b(?:going with|choosing|picking|using|assuming)\b[^,.;]{0,40} was (?:wrong|a mistake|not right)\b",
+    r"^(?:hmm+|oh|ah|well|but)?[,.… ]{0,3}(?:no|nope)[,.]? (?:that|this|it|i|we|the|not)\b",
     r"^(?:hmm+|oh|no|but)?[,.… ]{0,3}actually,? (?:no|not|wait|i|that|this|it|the|we|maybe|let)\b",
     r"\b(?:that|this|which|it) (?:can't be|cannot be|isn't|is not|wasn't|can not be|doesn't (?:seem|look|sound)|does not seem) (?:quite )?(?:right|correct|so)\b",
     r"\b(?:that|this|which|it) (?:is|was|seems|looks|must be) (?:wrong|incorrect|a mistake|an error|mistaken|a dead end)\b",
@@ -98,7 +100,7 @@ BACKTRACKING = (
     r"\b(?:try|use|take|think of) (?:another|a different|an alternative) (?:approach|way|method|route|angle|strategy|interpretation|reading)\b",
     r"\b(?:this|that) (?:approach|method|path|route|idea|assumption) (?:doesn't|does not|won't|didn't|isn't|fails|failed|leads nowhere|is wrong)\b",
     r"\bmy (?:mistake|bad|error)\b|\bmy (?:earlier|previous|initial|first) (?:reading|assumption|answer|calculation|interpretation|thought|guess|claim|conclusion) (?:was|is|were) (?:wrong|incorrect|mistaken|off|not)",
-    r"\bcorrection[:,]",
+    r"\bcorrection:",
     r"^(?:or )?alternatively,? (?:maybe|perhaps|it|the|we|i|this|that|could)\b",
     r"^(?:oh|ah),? i see\b",
     r"^[嗯哦啊，,不但可是]{0,4}(?:等等|等一下|等下|且慢|慢着)(?=[，,。！!…？? ]|$|[我这那不])|[，,](?:等等|等一下|且慢)[，,]",
@@ -118,6 +120,8 @@ SUBGOAL_SETTING = (
     r"\b(?:the|my|our) (?:plan|strategy|approach|goal|sub-?goal)(?: here| now)? (?:is|will be|would be) to\b|^(?:here's |here is )?(?:the|my|our) plan:",
     r"\b(?:break|split|decompose|divide) (?:this|it|the (?:question|problem|task|calculation)|things) (?:down|up|into)\b",
     r"\bto (?:answer|solve|find|get|do|determine|work out|compute|calculate|figure)\b[^,;:\n]{0,60}, ?(?:i|we|you) (?:first )?(?:need|must|have to|should|will|can)\b",
+    r"\b(?:i|we)(?:'ll| will|'d better| would| first| now| also)? need (?:two|three|four|both|the|all|some|a)\b",
+    r"\b(?:i|we)(?:'d better| had better| should) (?:start|begin)\b",
     r"\b(?:what|all) (?:i|we) need (?:first |now |next |to find )?(?:is|are)\b",
     r"\bsub-?(?:question|problem|goal|task) ?\d",
     r"\b(?:i'm|i am|we're|we are) (?:trying|going|about) to (?:find|figure out|determine|work out|answer|identify|understand|see|compute|calculate)\b",
@@ -134,6 +138,8 @@ VERIFICATION = (
     rf"^(?:to |just to )?{_CHECK}(?:ing)?\b(?! (?:that )?(?:the )?box)",
     rf"\b(?:just )?to (?:be (?:sure|safe|certain)|{_CHECK})\b",
     r"\b(?:double|cross)[- ]?check(?:ing)?\b",
+    r"\b(?:so |and )?(?:that's|that is|this is|it's) (?:confirmed|verified|consistent)\b",
+    r"\b(?:think about|see|consider|ask myself) (?:whether|if) (?:the|this|that|it|these|those)[a-z ]{0,30} (?:is|are|was|were|makes?) (?:consistent|right|correct|sense|plausible)\b",
     r"^(?:verifying|checking|confirming|re-?checking)\b",
     r"\b(?:this|that|it|which|the (?:result|answer|sum|total|number)s?|the numbers|both|they|these|everything)(?: also| indeed| all)? (?:match(?:es)?|agrees?|adds? up|checks? out|tall(?:y|ies)|lines? up)\b",
     r"\b(?:is|seems|looks|appears|are)(?: also| indeed)? (?:consistent with|the same as (?:the|what|in))\b",
@@ -150,7 +156,7 @@ VERIFICATION = (
 
 GROUNDING = (
     rf"\b(?:according to|per|based on|as per|quoting|citing|as) (?:{_ANY_SOURCE}|(?:note|table|page|section|item) {QUOTE}|what {_THE} {_SOURCE})",
-    rf"\b{_ANY_SOURCE}(?: \d{{1,4}})?(?: (?:also|clearly|explicitly|itself|further|then|only|specifically))? {_STATES}\b",
+    rf"\b{_ANY_SOURCE}(?: \d{{1,4}})?(?: (?:on|of|about|for|from|below|above|provided|given|by)\b[a-z ]{{0,30}})?(?: (?:also|clearly|explicitly|itself|further|then|only|specifically))? {_STATES}\b",
     rf"^(?:so |and |now |well,? |also,? |okay,? |then )?(?:in|on|from|under) {_ANY_SOURCE}\b",
     rf"^(?:so |and |now |well,? |okay,? |then )?{_LOOK} {_ANY_SOURCE}\b",
     rf"\b(?:i|we)(?: can)?(?: also)? (?:see|read|find|found|saw|noticed?|get) (?:in|on|from|under) {_ANY_SOURCE}\b",
@@ -159,7 +165,7 @@ GROUNDING = (
     rf"\b(?:it|here it|there it) (?:also |clearly |explicitly )?(?:says|states|reads|mentions) ?(?:that|here|:|,|{QUOTE})",
     rf"\b{_STATED} (?:in|on) {_ANY_SOURCE}\b",
     r"(?:根据|依据|按照|从)(?:这篇|这份|该|上述|以上|给定的?|所给的?|提供的?|原|本|第[一二三四五六七八九十\d]{1,3}[段页节章条](?:的|中的?)?)?(?:文本|文件|文章|文档|报告|原文|上文|材料|表格?|资料|文中|合同|年报|财报|数据|信息|段落|内容|描述|内容)",
-    r"(?:文本|文件|文章|文档|报告|原文|上文|材料|表格?|资料|合同|年报|财报|段落|第[一二三四五六七八九十\d]{1,3}[段页节章条])(?:中|里|上|内)?(?:也|还|明确|清楚地?)?(?:提到|提及|指出|写道?|说|显示|称|记载|表明|披露|描述|列出)",
+    r"(?:文本|文件|文章|文档|报告|原文|上文|材料|表格?|资料|合同|年报|财报|段落|第[一二三四五六七八九十\d]{1,3}[段页节章条])(?:的)?(?:中|里|上|内|开头|结尾|末尾)?(?:也|还|明确|清楚地?)?(?:提到|提及|指出|写道?|说|显示|称|记载|表明|披露|描述|列出)",
     r"文中(?:也|还|明确)?(?:提到|提及|指出|写道?|说|显示|称|表明|描述)|在(?:文中|原文|文档中|报告中|表[格中\d])",
 )
 

@@ -78,7 +78,7 @@ def unlike_published(results: Mapping[str, Any], table: PublishedTable) -> list[
     if scored["rule"] != theirs["rule"]:
         told.append(f"rule: {scored['rule']} here, {theirs['rule']} there (its column is in the table of rules)")
     told += [
-        f"gold answers: any of them here, {theirs['gold']} there (but under the rule {theirs['rule']})",
+        f"gold answers: any of them counts here (under the rule {theirs['rule']} the first alone), {theirs['gold']} there",
         f"truncation: {asked['truncation']} here, {theirs['truncation']} there",
         f"failed requests: wrong here, {theirs['failed']} there",
     ]

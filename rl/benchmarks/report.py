@@ -147,7 +147,8 @@ def _published(results: Results) -> Table | None:
         rows.append((f"{name} ({label})", *cells, average))
     return Table(
         "Beside the published table (%)",
-        f"{table.source}: one sample a question, no intervals given. Read the conditions that differ below before comparing.",
+        f"{table.source}: one sample a question, no intervals given. Read the conditions that differ below before comparing. "
+        + " ".join(f"{row.model}: {row.note}." for row in table.rows if row.note),
         ("model", *SEVEN, "average"), tuple(rows), frozenset({len(rows) - 2, len(rows) - 1}),
     )  # fmt: skip
 

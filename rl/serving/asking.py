@@ -66,6 +66,8 @@ class Asking:
         self.pool, self.config = pool, config
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.counts: Counter[str] = Counter()
+        self.model: str | None = None
+        """An adapter that requests name; None for the model itself."""
         self._reviving: dict[str, asyncio.Task[None]] = {}
 
     async def groups(self, jobs: Sequence[Job], batch: Batch) -> None:
@@ -98,7 +100,7 @@ class Asking:
 
     async def _ask(self, host: Host, job: Job, batch: Batch) -> list[Completion]:
         size, sampling, stops = batch.group_size, batch.sampling, batch.stop_ids
-        body = replies.order(job.ids, size, sampling, stops, job.seed)
+        body = replies.order(job.ids, size, sampling, stops, job.seed, self.model)
         limit = replies.largest(size, sampling)
         reply = await post(host.url, replies.PATH, body, deadline=self.config.deadline_s, largest=limit)
         try:
@@ -106,8 +108,12 @@ class Asking:
         except replies.BadReply as error:
             raise ServerError(host.url, f"bad reply: {error}") from None
 
+    async def look_at_all(self) -> None:
+        """Before a call: who went while nobody was asked. They are brought up while the others begin."""
+        await asyncio.gather(*map(self._look_at, self.pool.hosts))
+
     async def _look_at(self, host: Host) -> None:
-        """After a failure: a server that isn't well is asked no more until it is. Others go on in the meantime."""
+        """A server that isn't well is asked no more until it is. Others go on in the meantime."""
         if host.up and host.url not in self._reviving and not await well(host):
             await self.pool.now(host, up=False, version=host.version)
             if host.url not in self._reviving:  # it goes on when this call's groups are all there

@@ -24,8 +24,9 @@ from ..prompts import Prompt
 from ..ranks import Ranks
 from . import replies
 from .asking import Asking, Batch, Job, well
-from .command import seeded, server_command, server_settings
+from .command import lora_rank, seeded, server_command, server_settings
 from .config import ServingConfig
+from .handing import Handing
 from .http import ServerError, get, post
 from .pool import Host, Pool
 from .server import Server
@@ -97,7 +98,9 @@ class VllmGenerator:
         taken = self._ranks.first(lambda: dict(self._asking.counts))
         if self._ranks.main:
             self._asking.counts.clear()
-        return {f"rollout/{name}": float(taken.get(f"rollout/{name}", 0)) for name in _COUNTED}
+        made = {f"rollout/{name}": float(taken.get(f"rollout/{name}", 0)) for name in _COUNTED}
+        handing = self.hand_over
+        return made | (self._ranks.first(handing.metrics) if isinstance(handing, Handing) else {})
 
     def refresh(self) -> None:
         """See `Generator`."""
@@ -158,7 +161,7 @@ class VllmGenerator:
         return [
             Server(
                 python, command, log=self._home / f"vllm-{index}.log", port=config.port and config.port + index,
-                settings=server_settings(config, index),
+                settings=server_settings(config, index, lora_rank(self.policy)),
             )
             for index in range(config.servers)
         ]  # fmt: skip
@@ -207,6 +210,7 @@ class VllmGenerator:
 
     def _behind(self) -> list[str]:
         assert self._background is not None
+        self._background.submit(self._asking.look_at_all()).result()
         lacking = self._background.submit(self._asking.pool.behind(self.policy.version)).result()
         return [host.url for host in lacking]
 
@@ -242,6 +246,8 @@ class VllmGenerator:
         self.hand_over(self.policy, behind)
         if self._ranks.main:
             assert self._background is not None
+            if isinstance(self.hand_over, Handing):
+                self._asking.model = self.hand_over.model
             for host in self._hosts:
                 if host.url in behind:
                     self._background.submit(self._asking.pool.now(host, up=True, version=self.policy.version)).result()

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from ...engine.model import ModelConfig
 from ..policy import Policy, model_source
 from .config import ServingConfig
+from .sync_config import server_needs
 
 GIB = 1 << 30
 _BATCHED_TOKENS = 8192
@@ -50,7 +51,13 @@ def server_command(policy: Policy, config: ServingConfig, window: int) -> list[s
         command += ["--trust-remote-code"]
     if stretched := _stretched(policy):
         command += ["--hf-overrides", json.dumps(stretched)]
-    return [*command, *config.args]
+    needs = server_needs(config.sync, lora_rank(policy))
+    return [*command, *needs.arguments, *config.args]
+
+
+def lora_rank(policy: Policy) -> int:
+    """Of the policy's adapters; 0 for none."""
+    return 0 if policy.config.lora is None else policy.config.lora.rank
 
 
 def seeded(policy: Policy, config: ServingConfig) -> bool:
@@ -58,10 +65,10 @@ def seeded(policy: Policy, config: ServingConfig) -> bool:
     return policy.model.device.type != "cpu" if config.seeded is None else config.seeded
 
 
-def server_settings(config: ServingConfig, index: int) -> dict[str, str]:
+def server_settings(config: ServingConfig, index: int, lora_rank: int = 0) -> dict[str, str]:
     """Variables of one server's environment. The mode adds the interfaces that take new weights."""
     devices = {"CUDA_VISIBLE_DEVICES": config.devices[index]} if config.devices else {}
-    return {"VLLM_SERVER_DEV_MODE": "1", **devices, **config.environment}
+    return {**server_needs(config.sync, lora_rank).environment, **devices, **config.environment}
 
 
 def computed_in(model: ModelConfig) -> str:

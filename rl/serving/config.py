@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...engine.generate import GeneratorConfig
 from ..config import nearest
+from .sync_config import SyncConfig
 
 KINDS = ("local", "vllm")
 VENV = ".venv-vllm"
@@ -39,6 +40,8 @@ class ServingConfig(GeneratorConfig):
     At most `concurrency` groups are under way at a server. A group that isn't there `deadline_s` seconds after it was
     asked for, or not as it was ordered, is queued again, in all for `tries` tries. A server must answer within
     `start_timeout_s` of its start, and one of our own that dies is started again, `restarts` times in a run.
+
+    [generator.sync] is how new weights get there (`SyncConfig`).
     """
 
     kind: str = "local"
@@ -59,6 +62,7 @@ class ServingConfig(GeneratorConfig):
     tries: int = 3
     start_timeout_s: float = 900.0
     restarts: int = 3
+    sync: SyncConfig = field(default_factory=SyncConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,8 +29,9 @@ class BadReply(ValueError):
 
 
 def order(
-    ids: Sequence[int], group_size: int, sampling: Sampling, stop_ids: Collection[int], seed: int | None
-) -> dict[str, Any]:
+    ids: Sequence[int], group_size: int, sampling: Sampling, stop_ids: Collection[int], seed: int | None,
+    model: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The request's body. Every parameter is named, so that no server's default has a say.
 
     One request for the group, whose prompt is computed once. Greedy completions are all alike: one is asked for.
@@ -39,6 +40,7 @@ def order(
     return {
         "token_ids": list(ids),
         "stream": False,
+        **({} if model is None else {"model": model}),
         "sampling_params": {
             "n": 1 if greedy else group_size, "max_tokens": sampling.max_completion, **({} if seed is None else {"seed": seed}),
             "temperature": sampling.temperature, "top_p": 1.0 if greedy else sampling.top_p,

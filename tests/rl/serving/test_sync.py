@@ -212,15 +212,15 @@ def test_a_server_that_joins_later_belongs_from_then_on(policy: Policy, serve: S
 
 
 @pytest.mark.parametrize("path", ["/weight_info", "/server_info", "/pause", "/weight_checker", "/collective_rpc", "/reset_prefix_cache", "/resume", "/v1/completions"])  # fmt: skip
-@pytest.mark.parametrize("how", [500, 1.5])
+@pytest.mark.parametrize("how", [500, 3.0])
 def test_a_refusal_or_a_hang_ends_it_with_the_servers_name_and_the_request(
     policy: Policy, serve: Serve, tmp_path: Path, path: str, how: float
 ) -> None:
     (server, url), (_, other) = serve(), serve()
-    sync = files([other, url], tmp_path, deadline=0.7)
+    sync = files([other, url], tmp_path, deadline=10.0 if how == 500 else 2.0)
     server.fail = {path: how}
     with pytest.raises(
-        OSError, match=f"{url}: .*{path}.*" + ("answered 500" if how == 500 else r"within 0\.7 s")
+        OSError, match=f"{url}: .*{path}.*" + ("answered 500" if how == 500 else r"within 2 s")
     ) as found:
         sync.push(policy, 0)
     assert isinstance(found.value, SyncError | ServerError)

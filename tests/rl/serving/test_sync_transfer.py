@@ -24,7 +24,6 @@ from torch import Tensor
 
 from longreach.engine.plain_weights import Entry, PlainWeights
 from longreach.rl.policy import Policy
-from longreach.rl.serving.config import ServingConfig
 from longreach.rl.serving.control import Facts, SyncError
 from longreach.rl.serving.http import ServerError
 from longreach.rl.serving.sync_config import SyncConfig
@@ -201,11 +200,9 @@ def test_workers_of_all_servers_have_their_own_places(serve: Serve) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_vllms_own_classes_and_routes_take_the_requests(policy: Policy, serve: Serve, tmp_path: Path) -> None:
-    try:
-        python = ServingConfig(kind="vllm").interpreter()
-    except ValueError as error:
-        pytest.skip(f"vLLM's environment isn't there: {error}")
+def test_vllms_own_classes_and_routes_take_the_requests(
+    policy: Policy, serve: Serve, tmp_path: Path, vllm_python: Path
+) -> None:
     sizes = [5, 90, 3, 3, 3, 94, 101, 1, 1]
     limit = 100
     cuts = [
@@ -227,7 +224,7 @@ def test_vllms_own_classes_and_routes_take_the_requests(policy: Policy, serve: S
         files[-1].write_text(json.dumps({"requests": asked, "backend": kind, "sizes": sizes, "limit": limit}))
         syncs.append(sync)
     names = [entry.name for entry in PlainWeights(policy.model).entries]
-    for sync, said in zip(syncs, played(python, files, tmp_path), strict=True):
+    for sync, said in zip(syncs, played(vllm_python, files, tmp_path), strict=True):
         assert all(status == 200 for _, status, _ in said["statuses"]), said["statuses"]
         assert said["chunks"] == cuts == [["0", "1", "2", "3"], ["4", "5", "6"], ["7", "8"]]
         called = dict(said["called"])

@@ -28,7 +28,7 @@ from longreach.rl.serving.control import Control, StaleServer, SyncError
 from longreach.rl.serving.gate import Gate
 from longreach.rl.serving.http import ServerError, post
 from longreach.rl.serving.server import Server
-from longreach.rl.serving.sync_config import SyncConfig, server_needs
+from longreach.rl.serving.sync_config import SyncConfig
 from longreach.rl.serving.sync_files import FileSync
 from longreach.rl.serving.sync_lora import LoraSync
 
@@ -47,21 +47,21 @@ def load(**keywords: Any) -> Policy:
     return Policy(ModelConfig(MODEL, autocast=True, device="cpu", **keywords), GeneratorConfig())
 
 
+def adapted() -> Policy:
+    return load(lora=LoraConfig(rank=RANK, alpha=16.0, targets=("q_proj", "o_proj", "down_proj")))
+
+
 @pytest.fixture
 def policy() -> Policy:
     return load()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    needs = server_needs(SyncConfig(kind="lora"), RANK)
-    config = ServingConfig(kind="vllm", args=needs.arguments, environment=dict(needs.environment))
-    try:
-        python = config.interpreter()
-    except ValueError as error:
-        pytest.skip(f"vLLM's environment isn't there: {error}")
+def server(tmp_path_factory: pytest.TempPathFactory, vllm_python: Path) -> Iterator[Server]:
+    config, policy = ServingConfig(kind="vllm"), adapted()
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    made = Server(python, server_command(load(), config, WINDOW), log=log, settings=server_settings(config, 0))
+    command, settings = server_command(policy, config, WINDOW), server_settings(config, 0, RANK)
+    made = Server(vllm_python, command, log=log, settings=settings)
     try:
         made.start()
         asyncio.run(made.ready(300.0))
@@ -189,16 +189,16 @@ def test_adapters_are_served_without_being_merged(
     server: Server, policy: Policy, tmp_path: Path, make_sync: Callable[..., FileSync]
 ) -> None:
     make_sync().push(policy, 0)
-    adapted = load(lora=LoraConfig(rank=RANK, alpha=16.0, targets=("q_proj", "o_proj", "down_proj")))
+    tuned = adapted()
     config = SyncConfig(kind="lora", deadline=60.0, keep=1)
     sync = LoraSync([server.url], name(policy), OWNER, config, folder=tmp_path / "adapters")
     for version in (1, 2):
-        train(adapted, 1.0, version)
-        (difference,) = sync.push(adapted, version).differences
+        train(tuned, 1.0, version)
+        (difference,) = sync.push(tuned, version).differences
         sync.check()
         assert max(difference.mean.values()) < ROUNDING, difference
     with pytest.raises(SyncError, match="other weights"):  # the base's own differ, or the adapters did nothing
-        sync.gauge.judge([server.url], sync_probe(sync, adapted, sync.base_model), 2)
+        sync.gauge.judge([server.url], sync_probe(sync, tuned, sync.base_model), 2)
 
 
 def sync_probe(sync: LoraSync, policy: Policy, model: str) -> Any:

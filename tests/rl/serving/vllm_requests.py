@@ -3,6 +3,7 @@
 FILE: {"requests": [[path, query, body], ...], "backend": "nccl" | "ipc", "sizes": [...], "limit": n}. Prints a line of JSON for each.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
