@@ -5,6 +5,7 @@ All of them load the weights that were saved in a folder, sample at temperature 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,10 +23,10 @@ from longreach.engine.attention import NAME as OUR_ATTENTION
 from .case import Case, Missing
 from .train_step import make_model
 
-Sample = Callable[[Tensor], int]
-"""Takes a prompt [P], gives how many tokens were sampled after it."""
+Sample = Callable[[Tensor, int, int], int]
+"""Takes a prompt [P], G and R, gives how many tokens were sampled after it."""
 Make = Callable[[Path, Case, ExitStack], Sample]
-"""A contender on the model saved in a folder; what it holds open goes on the stack."""
+"""A contender on the model saved in a folder, for sizes up to the case's; what it holds open goes on the stack."""
 
 WAIT_S = 600.0
 """For one completion."""
@@ -57,9 +58,8 @@ def quiet() -> Iterator[None]:
 
 def ours(folder: Path, case: Case, *, shared: bool) -> Sample:
     model = load_model(folder, dtype=case.torch_dtype, device=torch.device(case.device))
-    g, r = case.dims["G"], case.dims["R"]
 
-    def sample(prompt: Tensor) -> int:
+    def sample(prompt: Tensor, g: int, r: int) -> int:
         prompts, size = ([prompt], g) if shared else ([prompt] * g, 1)
         made = generate(model, prompts, size, Sampling(r, 1.0), stop_ids=[], seed=0, batch_tokens=1 << 22)
         return sum(len(one.ids) for group in made for one in group)
@@ -69,11 +69,11 @@ def ours(folder: Path, case: Case, *, shared: bool) -> Sample:
 
 def of_generate(folder: Path, case: Case, stack: ExitStack) -> Sample:
     """The prompt G times."""
-    model, g = _plain(folder, case), case.dims["G"]
+    model = _plain(folder, case)
 
-    def sample(prompt: Tensor) -> int:
+    def sample(prompt: Tensor, g: int, r: int) -> int:
         ids = prompt[None].to(case.device)
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=g, **_settings(case))
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=g, **_settings(r))
         return made[:, len(prompt) :].numel()
 
     return sample
@@ -83,22 +83,28 @@ def of_batches(folder: Path, case: Case, stack: ExitStack, *, shared: bool) -> S
     """One request, whose completions fork from its computed prompt; or a request for each, which share no block."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    model, (p, g, r) = _plain(folder, case), (case.dims[name] for name in "PGR")
-    options = {**_settings(case), "eos_token_id": -1, "num_return_sequences": g if shared else 1}
-    del options["min_new_tokens"]  # nothing ends one before its time, and it knows no such limit
-    batching = ContinuousBatchingConfig(allow_block_sharing=shared)
-    if case.device == "cpu":  # else it takes all memory there is, and fills it first
-        blocks = -(-(p + r) // batching.page_size)
-        batching.num_blocks, batching.max_batch_tokens = 2 * g * blocks + 2, 2048
-    manager = model.init_continuous_batching(GenerationConfig(**options), batching)
-    stack.callback(manager.destroy)
-    manager.start()
+    model, (p, most, r) = _plain(folder, case), (case.dims[name] for name in "PGR")
 
-    def sample(prompt: Tensor) -> int:
-        manager.add_requests([prompt.tolist()] * (1 if shared else g))
+    @functools.cache
+    def manager(size: int, tokens: int) -> Any:
+        """The number of completions of a request is a manager's, for good."""
+        options = {**_settings(tokens), "eos_token_id": -1, "num_return_sequences": size}
+        del options["min_new_tokens"]  # nothing ends one before its time, and it knows no such limit
+        batching = ContinuousBatchingConfig(allow_block_sharing=shared)
+        if case.device == "cpu":  # else it takes all memory there is, and fills it first
+            blocks = -(-(p + r) // batching.page_size)
+            batching.num_blocks, batching.max_batch_tokens = 2 * most * blocks + 2, 2048
+        made = model.init_continuous_batching(GenerationConfig(**options), batching)
+        stack.callback(made.destroy)
+        made.start()
+        return made
+
+    def sample(prompt: Tensor, g: int, r: int) -> int:
+        asked = manager(g if shared else 1, r)
+        asked.add_requests([prompt.tolist()] * (1 if shared else g))
         made = 0
         for _ in range(g):
-            output = manager.get_result(timeout=WAIT_S)
+            output = asked.get_result(timeout=WAIT_S)
             if output is None or output.error is not None:
                 raise Missing(f"gave no completion: {output.error if output is not None else 'its thread has ended'}")
             made += len(output.generated_tokens)
@@ -112,7 +118,6 @@ def _plain(folder: Path, case: Case) -> Any:
     return made.to(case.device).eval()
 
 
-def _settings(case: Case) -> dict[str, Any]:
-    r = case.dims["R"]
+def _settings(r: int) -> dict[str, Any]:
     return {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": r, "min_new_tokens": r,
             "pad_token_id": 0, "eos_token_id": None}  # fmt: skip

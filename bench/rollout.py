@@ -26,17 +26,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import generators, results, servers, summary, timing
 from .case import Case, Missing
-from .generators import Make, save
+from .generators import Make, Sample, save
 from .peers import failures, version
 from .results import Row
 from .table import print_table
 
+Made = TypeVar("Made")
 SHARED, EACH = "longreach, shared prompt", "longreach, prompt each time"
 GENERATE = "transformers, generate"
 BATCHED, APART = "transformers, continuous batching", "transformers, continuous batching, nothing shared"
@@ -78,9 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = SMALL_SHAPE if options.small else SHAPE[device]
     chosen = {name: make for name, make in contenders(options.vllm).items() if name in options.only}
     with generators.quiet():
-        for dims in (SMALL if options.small else SIZES[device]) if chosen else ():
-            for row in rows(Case("rollout", {**dims, **shape}, DTYPES[device], device), chosen, options.rounds):
-                results.append(path, {**conditions, **row})
+        sizes = SMALL if options.small else SIZES[device]
+        cases = [Case("rollout", {**dims, **shape}, DTYPES[device], device) for dims in sizes]
+        for row in rows(cases, chosen, options.rounds) if chosen else ():
+            results.append(path, {**conditions, **row})
         ways = [way for way in servers.WAYS if way in options.only]
         for model in ([SMALL_SHAPE] if options.small else SYNCED[device]) if ways else ():
             for row in sync_rows(Case("sync", model, DTYPES[device], device), ways, options.rounds, options.vllm):
@@ -102,65 +105,85 @@ def contenders(python: str) -> dict[str, Make]:
     }
 
 
-def rows(case: Case, contenders: Mapping[str, Make], rounds: int) -> Iterator[Row]:
-    """A row for each contender; they take turns, and the first round, which compiles and loads, doesn't count."""
+def rows(cases: Sequence[Case], contenders: Mapping[str, Make], rounds: int) -> Iterator[Row]:
+    """A row for each contender in each case, all on the weights in one folder; in a case they take turns."""
+    widest = Case(cases[0].op, most(cases), cases[0].dtype, cases[0].device)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        save(widest, Path(folder))
+        samples = {name: attempt(partial(make, Path(folder), widest, stack)) for name, make in contenders.items()}
+        for case in cases:
+            g, r = case.dims["G"], case.dims["R"]
+            tasks = {name: attempt(partial(task, case, sample)) for name, sample in samples.items()}
+            for row in measured(case, tasks, timing.make_clock(case.device), rounds):
+                speed = {"tokens_per_s": g * r / row["median_s"]} if "median_s" in row else {}
+                package = version("transformers") if row["contender"].startswith("transformers") else None
+                yield {**row, **speed, "pass": "sample", "version": package}
+
+
+def most(cases: Sequence[Case]) -> dict[str, int]:
+    """The largest of each dim."""
+    return {name: max(case.dims[name] for case in cases) for name in cases[0].dims}
+
+
+def task(case: Case, sample: Sample | Exception) -> timing.Task:
+    """After a first round, which compiles and loads and doesn't count."""
+    if isinstance(sample, Exception):
+        raise sample
     g, r = case.dims["G"], case.dims["R"]
-
-    def task(make: Make, folder: Path, stack: ExitStack) -> timing.Task:
-        sample = make(folder, case, stack)
-        made = sample(prompt(case))
-        if made != g * r:
-            raise Missing(f"sampled {made} tokens and not {g * r}")
-        return timing.Task(sample, lambda: prompt(case))
-
-    made = {name: partial(task, make) for name, make in contenders.items()}
-    for name, row in measure(case, made, timing.make_clock(case.device), rounds):
-        speed = {"tokens_per_s": g * r / row["median_s"]} if row["status"] == "measured" else {}
-        package = version("transformers") if name.startswith("transformers") else None
-        yield {**row, **speed, "dims": dict(case.dims), "pass": "sample", "version": package}
+    made = sample(prompt(case), g, r)
+    if made != g * r:
+        raise Missing(f"sampled {made} tokens and not {g * r}")
+    return timing.Task(lambda ids: sample(ids, g, r), lambda: prompt(case))
 
 
 def sync_rows(case: Case, ways: Sequence[str], rounds: int, python: str) -> Iterator[Row]:
     """A row for each way of handing over the weights of a model with the dims of `case`."""
     wide = Case(case.op, {**case.dims, **SYNC_WINDOW}, case.dtype, case.device)
-    tasks: dict[str, timing.Task] = {}
     sizes: dict[str, int] = {}
 
-    def task(way: str, folder: Path, stack: ExitStack) -> timing.Task:
-        tasks.update(tasks or servers.pushes(folder, wide, stack, python))
-        sizes[way] = tasks[way].run(tasks[way].prepare())
-        return tasks[way]
+    def pushed(way: str, made: Mapping[str, timing.Task] | Exception) -> timing.Task:
+        if isinstance(made, Exception):
+            raise made
+        sizes[way] = made[way].run(made[way].prepare())
+        return made[way]
 
-    for way, row in measure(wide, {way: partial(task, way) for way in ways}, timing.cpu_clock, rounds):
-        size = {"bytes": sizes[way], "s_per_gb": row["median_s"] / (sizes[way] / 1e9)} if "median_s" in row else {}
-        yield {**row, **size, "dims": dict(case.dims), "pass": "push", "version": None}
-
-
-def measure(
-    case: Case, made: Mapping[str, Callable[[Path, ExitStack], timing.Task]], clock: timing.Clock, rounds: int
-) -> Iterator[tuple[str, Row]]:
-    """Each contender's name and row, all of them on the weights in one folder; a gap for one that fails."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        save(case, Path(folder))
-        ready: dict[str, timing.Task] = {}
-        lost: dict[str, Exception] = {}
-        for name, make in made.items():
-            try:
-                ready[name] = make(Path(folder), stack)
-            except failures() as error:
-                lost[name] = error
-        taken, more = timing.round_robin(ready, clock, rounds, failures())
-    for name in made:
-        about: Row = {"op": case.op, "dtype": case.dtype, "contender": name, "ours": name.startswith("longreach")}
+        save(wide, Path(folder))
+        made = attempt(lambda: servers.pushes(Path(folder), wide, stack, python))
+        tasks = {way: attempt(partial(pushed, way, made)) for way in ways}
+        for row in measured(case, tasks, timing.cpu_clock, rounds):
+            size = sizes.get(row["contender"], 0)
+            rate = {"bytes": size, "s_per_gb": row["median_s"] / (size / 1e9)} if "median_s" in row else {}
+            yield {**row, **rate, "pass": "push", "version": None}
+
+
+def attempt(make: Callable[[], Made]) -> Made | Exception:
+    """What it makes, or what stood in its way."""
+    try:
+        return make()
+    except failures() as error:
+        return error
+
+
+def measured(
+    case: Case, tasks: Mapping[str, timing.Task | Exception], clock: timing.Clock, rounds: int
+) -> Iterator[Row]:
+    """A row for each contender: what it took, or why it didn't run."""
+    ready = {name: task for name, task in tasks.items() if isinstance(task, timing.Task)}
+    lost = {name: error for name, error in tasks.items() if isinstance(error, Exception)}
+    taken, more = timing.round_robin(ready, clock, rounds, failures())
+    for name in tasks:
+        about: Row = {"op": case.op, "dims": dict(case.dims), "dtype": case.dtype, "contender": name,
+                      "ours": name.startswith("longreach")}  # fmt: skip
         if name in taken:
             found = summary.summarize(taken[name])
-            yield name, {
+            yield {
                 **about, "status": "measured", "reason": None, "median_s": found.median, "iqr_s": found.iqr,
                 "least_s": found.least, "rounds": found.rounds,
                 "samples_s": [float(f"{seconds:.6g}") for seconds in taken[name]],
             }  # fmt: skip
         else:
-            yield name, {**about, "status": "gap", "reason": reason({**lost, **more}[name])}
+            yield {**about, "status": "gap", "reason": reason({**lost, **more}[name])}
 
 
 def reason(error: Exception) -> str:

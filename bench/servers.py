@@ -23,7 +23,7 @@ from .generators import Sample
 from .peers import need
 from .timing import Task
 
-START_S = 300.0
+START_S = 600.0
 WAYS: dict[str, dict[str, Any]] = {
     "longreach, safetensors": {},
     "longreach, safetensors, unchecked": {"probe": False, "checksum_gb": 0.0},
@@ -36,11 +36,10 @@ def served(folder: Path, case: Case, stack: ExitStack, *, python: str, cached: b
     generator = start(folder, case, stack, python, () if cached else ("--no-enable-prefix-caching",))
     prompts, rows = need("longreach.rl.prompts"), need("longreach.rl.rows")
     example = rows.Example(id="bench", benchmark="bench", answers=())
-    r = case.dims["R"]
 
-    def sample(prompt: Tensor) -> int:
+    def sample(prompt: Tensor, g: int, r: int) -> int:
         asked = [prompts.Prompt(example, tuple(prompt.tolist()))]
-        made = generator.sample(asked, case.dims["G"], Sampling(r, 1.0), 0, lambda *_: None)
+        made = generator.sample(asked, g, Sampling(r, 1.0), 0, lambda *_: None)
         return sum(len(one.ids) for group in made for one in group)
 
     return sample

@@ -19,10 +19,10 @@ HERE = (rollout.SHARED, rollout.EACH, rollout.GENERATE, rollout.BATCHED, rollout
 
 def test_every_generator_samples_exactly_what_is_asked(tmp_path: Path) -> None:
     generators.save(SMALL, tmp_path)
-    made = rollout.contenders("")
+    made, (g, r) = rollout.contenders(""), (SMALL.dims["G"], SMALL.dims["R"])
     with ExitStack() as stack, generators.quiet():
-        counts = {name: made[name](tmp_path, SMALL, stack)(rollout.prompt(SMALL)) for name in HERE}
-    assert counts == dict.fromkeys(HERE, SMALL.dims["G"] * SMALL.dims["R"])
+        counts = {name: made[name](tmp_path, SMALL, stack)(rollout.prompt(SMALL), g, r) for name in HERE}
+    assert counts == dict.fromkeys(HERE, g * r)
 
 
 def test_rounds_have_prompts_of_their_own() -> None:
@@ -36,7 +36,7 @@ def test_a_row_is_what_was_sampled_over_what_it_took_and_a_gap_says_why(monkeypa
     monkeypatch.setattr(timing, "make_clock", lambda device: lambda task: task.run(task.prepare()) * next(seconds) / 8)
 
     def makes(count: int) -> generators.Make:
-        return lambda folder, case, stack: lambda prompt: count
+        return lambda folder, case, stack: lambda prompt, g, r: count
 
     def breaks(*_: object) -> generators.Sample:
         raise OSError("no such server\nlast lines of its log")
@@ -47,7 +47,7 @@ def test_a_row_is_what_was_sampled_over_what_it_took_and_a_gap_says_why(monkeypa
     def later(*_: object) -> generators.Sample:
         seen: list[Tensor] = []
 
-        def sample(prompt: Tensor) -> int:
+        def sample(prompt: Tensor, g: int, r: int) -> int:
             seen.append(prompt)
             if len(seen) > 1:
                 raise RuntimeError("out of memory")
@@ -58,7 +58,7 @@ def test_a_row_is_what_was_sampled_over_what_it_took_and_a_gap_says_why(monkeypa
     given: dict[str, generators.Make] = {
         rollout.SHARED: makes(8), "short": makes(7), "broken": breaks, "absent": missing, "later": later
     }  # fmt: skip
-    made = {row["contender"]: row for row in rollout.rows(SMALL, given, rounds=3)}
+    made = {row["contender"]: row for row in rollout.rows([SMALL], given, rounds=3)}
     own = made.pop(rollout.SHARED)
     assert own["samples_s"] == [1.0, 4.0, 2.0] and own["tokens_per_s"] == 8 / 2.0 and own["ours"]
     assert {name: row["reason"] for name, row in made.items()} == {
