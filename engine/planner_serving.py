@@ -3,7 +3,8 @@
     weights      a copy over `tensor` GPUs, in the server's dtype; `replicas` copies side by side
     cache        keys and values of the groups that it has at once: P + G R tokens each, the prompt's once; on each GPU a share of the
                  key heads, of which there is at least one
-    generation   its share of the prompts: each prefilled once, then batch after batch decoded, over `tensor` GPUs
+    generation   its share of the prompts: each prefilled once, then batch after batch decoded, over `tensor` GPUs; paged attention
+                 knows no groups, so each completion reads its prompt's keys and values for itself
     new weights  through files: written once, read by all servers side by side; through links: gathered and sent
 
 A group that doesn't fit as a whole is sampled in parts. It gives up what servers do better (a batch is filled up while others still
@@ -141,7 +142,8 @@ def serving_time(shape: ModelShape, servers: Servers, gpu: Gpu, load: Load) -> T
     """Of one copy of the model, all of which work side by side."""
     engine, at_once = engine_of(servers), batching(shape, servers, gpu, load)
     prefill = prefill_time(shape, engine, gpu, load.prompt).seconds * share_of(servers, load) / servers.tensor
-    decoding = decode_time(shape, engine, gpu, load.prompt, at_once.groups, at_once.size, load.completion)
+    rows = at_once.groups * at_once.size
+    decoding = decode_time(shape, engine, gpu, load.prompt, rows, 1, load.completion)
     decode = decoding.seconds * at_once.batches
     return Time(prefill + decode, f"prefill: {prefill / (prefill + decode):.0%}, else {decoding.bound}")
 

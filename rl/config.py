@@ -159,7 +159,7 @@ def _read_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
         try:
             value = tomllib.loads(f"list = {value}")["list"]
         except tomllib.TOMLDecodeError:
-            raise ValueError(f"{where!r} must be a list, not {value!r}: write A,B or [\"A\", \"B\"]") from None
+            raise ValueError(f'{where!r} must be a list, not {value!r}: write A,B or ["A", "B"]') from None
     elif isinstance(value, Raw):
         value = [Raw(part.strip()) for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -131,6 +131,8 @@ def epoch_line(plan: Plan) -> str:
 def why_not(plan: Plan) -> str:
     """What each thing that the proposal turns on is for, or what is missing even with all of them."""
     best = plan.proposal.best
+    if best is None and all(tried.problem == plan.proposal.own.problem for _, tried in plan.proposal.others):
+        return ""  # nothing here changes what is wrong
     lines = []
     for name, tried in plan.proposal.others:
         if not tried.fits:

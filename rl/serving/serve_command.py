@@ -74,8 +74,8 @@ def add_serve(commands: Any) -> None:
 
 def run_serve(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], console: Console, job: Job) -> int:
     """Serves until it is interrupted; the exit status."""
-    recipe = load_recipe(known.recipe, overrides)
-    config = replace(recipe.generator, kind="vllm", urls=(), port=known.port)
+    recipe = load_recipe(known.recipe, [("generator.kind", "vllm"), *overrides])
+    config = replace(recipe.generator, urls=(), port=known.port)
     _refuse(config, known.host, job)
     command, settings = commands_of(recipe, config, console)
     if known.dry_run:

@@ -97,7 +97,7 @@ def test_overrides_are_read_as_the_type_of_their_field() -> None:
 def test_a_list_may_have_items_with_commas() -> None:
     assert overridden({"name": "x"}, ("names", '["0,1", "2,3"]')).names == ("0,1", "2,3")
     assert overridden({"name": "x"}, ("names", "[]")).names == ()
-    with pytest.raises(ValueError, match="'names.0' must be text, not 1"):
+    with pytest.raises(ValueError, match=r"'names\.0' must be text, not 1"):
         overridden({"name": "x"}, ("names", "[1]"))
 
 
