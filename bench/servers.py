@@ -1,8 +1,8 @@
 """vLLM's server for `rollout`: it is started, asked and brought new weights by the client that training uses.
 
 `served` samples a group in one request, with vLLM's prefix cache, from which its members take the prompt, and without. The
-server has as many threads as this process (its own default leaves one core for its scheduler), the same dtype, and no
-compiled graphs where there is no GPU: as in training. `pushes` hands weights over to it.
+server is as training has it: of the same dtype, where there is no GPU without compiled graphs, and there computing on all
+cores but one, which vLLM keeps for its scheduler: on few cores that costs it much. `pushes` hands weights over to it.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def start(folder: Path, case: Case, stack: ExitStack, python: str, arguments: tu
     policy.stop_ids = []
     p, g, r = (case.dims[name] for name in "PGR")
     room = g * (p + r) * command.cache_bytes(policy.model.config, case.dtype) / command.GIB
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     config = serving.ServingConfig(
         kind="vllm", python=python, args=arguments, cache_gib=1.0 + room, start_timeout_s=START_S, deadline_s=START_S,
-        tries=1, restarts=0, environment={"HF_HUB_OFFLINE": "1", **(threads if case.device == "cpu" else {})},
+        tries=1, restarts=0, environment={"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     try:
         config.interpreter()
