@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+VLLM = ROOT / ".venv-vllm"
 
 
 @dataclass
@@ -166,3 +167,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if name == "table":
                 terminalreporter.section(report.nodeid, "-")
                 terminalreporter.write_line(text)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter that runs vLLM; the test is skipped without one, and says why there is none."""
+    named = os.environ.get("LONGREACH_VLLM_PYTHON")
+    if named:
+        return Path(named)
+    if not list(VLLM.glob(".ready-*")):
+        log = VLLM / "setup.log"
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+        pytest.skip(f"no vLLM in {VLLM.name}: " + (f"make vllm failed: {last[-1]}" if last else "make vllm sets it up"))
+    return VLLM / "bin" / "python"
