@@ -139,6 +139,21 @@ def test_one_that_waits_for_a_place_is_not_asked_for(fake: Any, make_generator: 
     assert empty == nothing(2)
 
 
+def test_one_that_no_server_is_there_for_is_not_waited_for(fake: Any, make_generator: Make, most: Make) -> None:
+    def generate(_number: int, body: dict[str, Any]) -> Any:
+        if len(body["token_ids"]) == LATE:
+            fake.healthy = False
+            return fake.server.http(503)
+        time.sleep(1.0)
+        return fake.well(body)
+
+    fake.generate = generate
+    generator = make_generator(fake.url, start_timeout_s=20.0)
+    start = time.monotonic()
+    made, told = most(generator, 9, LATE)
+    assert time.monotonic() - start < 10 and made[1] == nothing(2) and len(told) == 2
+
+
 FAILS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "500": lambda s, _: s.http(500, "boom"),
     "reset": lambda s, _: s.Raw([b"HTTP/1.1 200 OK\r\n"], reset=True),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longreach.engine import Completion, Group, Sampling
-from longreach.rl.generator import UNFINISHED
+from longreach.rl.generator import UNFINISHED, whole
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.rollouts import roll_out
@@ -158,19 +158,24 @@ def test_a_straggler_is_stopped_and_gone_on_with_by_new_weights(
 ) -> None:
     """Stopped as one request for the group, handed new weights, stopped as one for each completion, joined: each part has the
     log-probs of the weights that sampled it."""
-    policy, size, limit, soon = served.policy, 3, 920, 900
+    policy, size, limit, soon = served.policy, 2, 920, 915
     monkeypatch.setattr(policy, "stop_ids", ())
     monkeypatch.setattr(served, "hand_over", Handing(SyncConfig(kind="safetensors"), "here:/run", tmp_path))
     short, long = make_prompts(9, 30)
     sampling, told = Sampling(limit, temperature=0.7), []
-    ending = [Completion((20 + i,) * soon, (-1.0,) * soon, (0.0,) * soon, UNFINISHED) for i in range(size)]
+    ids, known = (20,) * limit, (-1.0,) * limit
+    ending = [Completion(ids[:n], known[:n], known[:n], end) for n, end in ((limit, "length"), (soon, UNFINISHED))]
 
     def most(prompts: list[Prompt], begun: list[list[Completion]], spare: int) -> list[list[Completion]]:
         return served.sample_most(prompts, begun, spare, size, sampling, 0, lambda p, i, _: told.append((p, i)))
 
-    quick, begun = most([short, long], [ending], 1)
-    assert [c.ids[:soon] for c in quick] == [c.ids for c in ending]
-    assert {c.finish_reason for c in begun} == {UNFINISHED} and sorted(told) == [(0, 0), (0, 1), (0, 2)]
+    for _ in range(5):  # so small a model may have ended before the server hears of the stop
+        told.clear()
+        quick, begun = most([short, long], [ending], 1)
+        if not whole(begun):
+            break
+    assert quick[0] == ending[0] and quick[1].ids[:soon] == ending[1].ids and whole(quick)
+    assert {c.finish_reason for c in begun} == {UNFINISHED} and told == [(0, 0), (0, 1)]
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     old = ours(policy, [long], [begun], 0.7)
     try:
@@ -186,7 +191,7 @@ def test_a_straggler_is_stopped_and_gone_on_with_by_new_weights(
         policy.version -= 1
         served.refresh()
     sizes = [[len(c.ids) for c in group] for group in (begun, further, made)]
-    record_property("table", f"three completions stopped twice, after so many tokens: {sizes}")
+    record_property("table", f"{size} completions stopped twice, after so many tokens: {sizes}")
     assert all(0 < a <= b <= c == limit and a < c for a, b, c in zip(*sizes, strict=True)), sizes
     for a, b, c in zip(begun, further, made, strict=True):
         assert c.ids[: len(b.ids)] == b.ids and b.ids[: len(a.ids)] == a.ids
