@@ -24,6 +24,8 @@ from .planner_time import (
     update_work,
 )
 
+CLAIMED = ", which a server claims for itself: bound it by generator.cache_gib, or give it GPUs of its own (generator.devices)"
+
 
 @dataclass(frozen=True)
 class Load:
@@ -130,7 +132,7 @@ def plan_step(shape: ModelShape, setting: Setting, gpu: Gpu, load: Load) -> Step
         times["log-probs"] = _times(forward_time(shape, setting, gpu, load.row), _turns(load.forward_rows, setting))
     times["update"] = _times(update_time(shape, setting, gpu, load.row, load.passes), _turns(load.rows, setting))
     if load.prompts and setting.servers is not None:
-        memory = {what: beside_training(shape, setting.servers, one, load) for what, one in memory.items()}
+        memory = {what: beside_training(shape, setting.servers, gpu, one, load) for what, one in memory.items()}
         memory["server"] = server_memory(shape, setting, setting.servers, gpu, load)
     problems = _problems(shape, setting, gpu, load, memory)
     plain = Setting(dtype=setting.dtype, autocast=setting.autocast, lora=setting.lora)
@@ -162,9 +164,10 @@ def _problems(
     for what, need in memory.items():
         if need.total > gpu.usable:
             part = max(need.parts, key=lambda name: need.parts[name])
+            claimed = setting.servers is not None and not setting.servers.cache and part == "generator keys and values"
             found.append(
                 f"{what} needs {need.total / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} ({need.moment}; most of it {part}: "
-                f"{need.parts[part] / 1e9:.1f})"
+                f"{need.parts[part] / 1e9:.1f}{CLAIMED if claimed else ''})"
             )
         if need.host > gpu.host_memory:
             found.append(

@@ -93,18 +93,23 @@ def server_memory(shape: ModelShape, setting: Setting, servers: Servers, gpu: Gp
     parts = {
         **kept,
         **fixed_parts(shape, servers, load),
-        "generator keys and values": servers.cache or token_bytes(shape, servers) * tokens,
-    }
+        "generator keys and values": token_bytes(shape, servers) * tokens if servers.apart else held_cache(shape, servers, gpu, load),
+    }  # fmt: skip
     return Memory(parts, "generation", {"generation": sum(parts.values())})
 
 
-def beside_training(shape: ModelShape, servers: Servers, memory: Memory, load: Load) -> Memory:
+def held_cache(shape: ModelShape, servers: Servers, gpu: Gpu, load: Load) -> float:
+    """What a server has claimed, whether or not it needs it."""
+    return max(0.0, cache_room(shape, servers, gpu, load))
+
+
+def beside_training(shape: ModelShape, servers: Servers, gpu: Gpu, memory: Memory, load: Load) -> Memory:
     """The trainer's peak on a GPU whose server stays awake."""
     if servers.apart or servers.sleep:
         return memory
     held = {
         "generator weights": fixed_parts(shape, servers, load)["generator weights"],
-        "generator keys and values": servers.cache,
+        "generator keys and values": held_cache(shape, servers, gpu, load),
     }
     more = sum(held.values())
     moments = {name: size + more for name, size in memory.moments.items()}
@@ -118,11 +123,6 @@ def server_problems(shape: ModelShape, setting: Setting, servers: Servers, gpu: 
         found.append(f"a server over {servers.tensor} GPUs can't share out {shape.heads} query heads")
     if not servers.apart and servers.gpus > setting.gpus:
         found.append(f"servers on the trainer's GPUs take {servers.gpus} of {setting.gpus}")
-    if not servers.apart and not servers.cache:
-        found.append(
-            f"a server on the trainer's GPUs takes {servers.utilization:.0%} of each (--gpu-memory-utilization): bound it with "
-            "generator.cache_gib, or give it GPUs of its own (generator.devices)"
-        )
     longest = servers.window or load.prompt + load.completion
     if longest < load.prompt + load.completion:
         found.append(

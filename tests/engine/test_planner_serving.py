@@ -77,6 +77,12 @@ def test_on_the_trainer_s_gpus_both_are_held_unless_it_sleeps() -> None:
     assert awake.memory["update"].moments["the loss"] > 10e9 + SHAPE.parameters
     assert asleep.memory["update"].total == plain
     assert awake.memory["server"].parts["weights"] > 0
+    unbounded = plan_step(SHAPE, replace(SETTING, servers=replace(shared, cache=0.0)), GPU, LOAD)
+    peak = fixed_parts(SHAPE, SERVERS, LOAD)["peak in a layer"]
+    assert unbounded.memory["update"].total == pytest.approx(plain + 0.9 * 80e9 - peak), (
+        "its share of the GPU, all of it"
+    )
+    assert "bound it by generator.cache_gib" in unbounded.problems[0] and "cache_gib" not in "".join(awake.problems)
     assert awake.setting.all_gpus == 4 and SETTING.all_gpus == 8
 
 
@@ -145,7 +151,6 @@ def test_why_servers_can_not_be() -> None:
     )
     assert "one sequence of 500,000 tokens takes 73.7" in problem(replace(SERVERS, tensor=1, window=500_000))
     assert "--tensor-parallel-size" in problem(replace(SERVERS, dtype="float32", tensor=1, utilization=0.4))
-    assert "takes 90% of each" in problem(replace(SERVERS, apart=False))
     assert "take 8 of 4" in problem(replace(SERVERS, apart=False, cache=1e9, count=4))
     assert problem(replace(SERVERS, apart=False, cache=10e9)) == ""
     big = replace(SETTING, servers=replace(SERVERS, tensor=1, dtype="float32", utilization=0.4))

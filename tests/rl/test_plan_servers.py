@@ -109,10 +109,18 @@ def test_more_servers_generate_sooner_until_training_bounds_the_step() -> None:
     assert long > slow and train < short < long
 
 
-def test_what_shares_the_trainer_s_gpus_must_be_bounded() -> None:
-    text = plan_text(make_plan(recipe(), GPUS["h200"], 8))
+def test_what_shares_the_trainer_s_gpus_claims_what_is_left_of_them() -> None:
+    made = make_plan(recipe(), GPUS["h200"], 8)
+    text = plan_text(made)
     assert "generate on the same ones, awake while it trains" in text
-    assert text.count("bound it with generator.cache_gib") == 1, "said once, since nothing else would change it"
+    assert "which a server claims for itself: bound it by generator.cache_gib" in text
+    small = make_plan(recipe(("model.device", "cuda"), name="demo"), GPUS["h200"], 1)
+    assert small.proposal.own.fits, "what trains in the tenth that is left may do so"
+
+
+def test_what_nothing_else_would_change_is_said_once() -> None:
+    odd = recipe(("generator.devices", '["0,1,2"]'), ("generator.args", "-tp,3"))
+    assert plan_text(make_plan(odd, GPUS["h200"], 8)).count("over 3 GPUs can't share out 40 query heads") == 1
 
 
 def test_a_sweep_counts_the_servers_gpus() -> None:
