@@ -211,7 +211,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def generating(policy: Policy, *_: Any, **__: Any) -> Iterator[None]:
-        policy.served = Elsewhere(policy)
+        policy.served = Elsewhere(policy)  # type: ignore[assignment]
         yield
         policy.served = None
 

@@ -59,6 +59,7 @@ def test_a_place_is_waited_for_and_the_one_avoided_is_taken_if_there_is_no_other
         pool = Pool(hosts(2), concurrency=1)
         first = await pool.take([1], 10)
         second = await pool.take([1], 10)
+        assert first is not None and second is not None
         assert {first.url, second.url} == {host.url for host in pool.hosts}
         third = asyncio.create_task(pool.take([1], 10, avoid={first.url}))
         await asyncio.sleep(0.01)

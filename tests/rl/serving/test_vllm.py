@@ -169,6 +169,7 @@ def test_a_straggler_is_stopped_and_gone_on_with_by_new_weights(
     def most(prompts: list[Prompt], begun: list[list[Completion]], spare: int) -> list[list[Completion]]:
         return served.sample_most(prompts, begun, spare, size, sampling, 0, lambda p, i, _: told.append((p, i)))
 
+    quick, begun = [], []
     for _ in range(5):  # so small a model may have ended before the server hears of the stop
         told.clear()
         quick, begun = most([short, long], [ending], 1)
