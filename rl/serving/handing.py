@@ -49,7 +49,7 @@ class Handing:
         if not self._reports:
             return {}
         made = self._reports[-1].metrics()
-        for name in ("timing_s/sync_weights", "sync/bytes"):
+        for name in ("sync/seconds", "sync/bytes"):
             made[name] = sum(report.metrics()[name] for report in self._reports)
         self._reports.clear()
         return made
