@@ -186,8 +186,8 @@ def updated(readme: str, rows: Iterable[Row]) -> str:
 
 def committed(folder: Path = results.FOLDER) -> list[Row]:
     """Rows of every file in bench/results/, by name of the file; the record of the GPU tests is no file of rows, the rows
-    of `longest` have no times, and those of `ring` no roofline."""
-    others = (CHECK, results.MEMORY, "ring-")
+    of `longest` have no times, and those of `ring` and `rollout` no roofline."""
+    others = (CHECK, results.MEMORY, "ring-", "rollout-")
     files = sorted(p for p in folder.glob("*.json") if not p.name.startswith(others))
     return [row for path in files for row in results.load(path)]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from .planner_hardware import Gpu
 from .planner_memory import Memory, Setting, forward_memory, generation_memory, training_memory
+from .planner_serving import beside_training, server_memory, server_problems, serving_time, weights_time
 from .planner_shape import ModelShape, Row
 from .planner_time import (
     Time,
@@ -22,6 +23,8 @@ from .planner_time import (
     update_time,
     update_work,
 )
+
+CLAIMED = ", which a server claims for itself: bound it by generator.cache_gib, or give it GPUs of its own (generator.devices)"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class StepPlan:
     setting: Setting
     gpu: Gpu
     memory: Mapping[str, Memory]
-    """By what runs: update, log-probs, generation."""
+    """By what runs: update, log-probs, generation or a server."""
     times: Mapping[str, Time]
     flops: float
     dense_flops: float
@@ -80,8 +83,24 @@ class StepPlan:
         return name, self.memory[name]
 
     @property
+    def training(self) -> float:
+        """Seconds of the trainer's own work."""
+        return sum(time.total for what, time in self.times.items() if what not in ("generation", "weight sync"))
+
+    @property
+    def generation(self) -> float:
+        return self.times["generation"].total if "generation" in self.times else 0.0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next step is generated while this one trains."""
+        return self.setting.servers is not None and self.setting.servers.overlaps and "generation" in self.times
+
+    @property
     def seconds(self) -> float:
-        return sum(time.total for time in self.times.values())
+        """One part after the other, or the longer of generation and training; new weights wait for both."""
+        both = max(self.training, self.generation) if self.overlaps else self.training + self.generation
+        return both + (self.times["weight sync"].total if "weight sync" in self.times else 0.0)
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,7 +118,10 @@ def plan_step(shape: ModelShape, setting: Setting, gpu: Gpu, load: Load) -> Step
     """The plan of one step; what doesn't fit stands in its `problems`."""
     memory = {"update": training_memory(shape, setting, load.row)}
     times: dict[str, Time] = {}
-    if load.prompts:
+    if load.prompts and setting.servers is not None:
+        times["generation"] = serving_time(shape, setting.servers, gpu, load)
+        times["weight sync"] = weights_time(shape, setting, setting.servers, gpu)
+    elif load.prompts:
         groups = _groups_at_once(load, setting)
         cached = groups * (load.prompt + load.size * load.completion)
         memory["generation"] = generation_memory(shape, setting, cached, load.prompt)
@@ -109,6 +131,10 @@ def plan_step(shape: ModelShape, setting: Setting, gpu: Gpu, load: Load) -> Step
         memory["log-probs"] = forward_memory(shape, setting, load.row)
         times["log-probs"] = _times(forward_time(shape, setting, gpu, load.row), _turns(load.forward_rows, setting))
     times["update"] = _times(update_time(shape, setting, gpu, load.row, load.passes), _turns(load.rows, setting))
+    if load.prompts and setting.servers is not None:
+        memory = {what: beside_training(shape, setting.servers, gpu, one, load) for what, one in memory.items()}
+        memory["server"] = server_memory(shape, setting, setting.servers, gpu, load)
+    problems = _problems(shape, setting, gpu, load, memory)
     plain = Setting(dtype=setting.dtype, autocast=setting.autocast, lora=setting.lora)
     flops = load.rows * update_work(shape, plain, load.row, load.passes).flops
     return StepPlan(
@@ -119,12 +145,16 @@ def plan_step(shape: ModelShape, setting: Setting, gpu: Gpu, load: Load) -> Step
         times,
         flops,
         _dense_flops(shape, plain, load),
-        _problems(shape, setting, gpu, memory),
+        problems,
     )
 
 
-def _problems(shape: ModelShape, setting: Setting, gpu: Gpu, memory: Mapping[str, Memory]) -> tuple[str, ...]:
+def _problems(
+    shape: ModelShape, setting: Setting, gpu: Gpu, load: Load, memory: Mapping[str, Memory]
+) -> tuple[str, ...]:
     found = []
+    if setting.servers is not None and load.prompts:
+        found += server_problems(shape, setting, setting.servers, gpu, load)
     if setting.serve and setting.gpus % setting.serve:
         found.append(f"{setting.gpus} GPUs can't be shared out over generators of {setting.serve}")
     if setting.gpus % setting.sp:
@@ -134,9 +164,10 @@ def _problems(shape: ModelShape, setting: Setting, gpu: Gpu, memory: Mapping[str
     for what, need in memory.items():
         if need.total > gpu.usable:
             part = max(need.parts, key=lambda name: need.parts[name])
+            claimed = setting.servers is not None and not setting.servers.cache and part == "generator keys and values"
             found.append(
                 f"{what} needs {need.total / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} ({need.moment}; most of it {part}: "
-                f"{need.parts[part] / 1e9:.1f})"
+                f"{need.parts[part] / 1e9:.1f}{CLAIMED if claimed else ''})"
             )
         if need.host > gpu.host_memory:
             found.append(

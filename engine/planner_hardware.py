@@ -42,6 +42,8 @@ class Gpu:
     attention_backward: float = 0.33
     memory_share: float = 0.8
     link_share: float = 0.8
+    files: float = 2 * GB
+    """Bytes/s to and from a folder that all nodes see: an assumption, for disks differ a hundredfold."""
     reserve: float = 0.06
     """Share of the memory that CUDA's context, NCCL and fragmentation take."""
 

@@ -35,8 +35,47 @@ PREFETCHED = 2
 
 
 @dataclass(frozen=True)
+class Servers:
+    """`count` serving engines that generate, each over `replicas` copies of the model of `tensor` GPUs.
+
+    `apart` from the trainer's GPUs, else on them, where `sleep` gives up a server's memory while training runs. `cache`: bytes of
+    keys and values on each GPU; 0: what `utilization` of the GPU leaves. A server has at most `concurrency` groups under way, of
+    sequences of up to `window` tokens (0: as long as a load's). `sync` is the way of new weights: "safetensors", "lora", "nccl"
+    or "ipc". `staleness` above 0: they generate the next step while this one trains.
+    """
+
+    count: int = 1
+    tensor: int = 1
+    replicas: int = 1
+    apart: bool = True
+    dtype: str = "bfloat16"
+    utilization: float = 0.9
+    cache: float = 0.0
+    concurrency: int = 64
+    window: int = 0
+    sync: str = "safetensors"
+    sleep: int = 0
+    staleness: int = 0
+
+    @property
+    def gpus(self) -> int:
+        """Of all servers."""
+        return self.count * self.replicas * self.tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight, and of an entry of the cache."""
+        return WIDE if self.dtype == "float32" else 2
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether generation takes nothing from training, which runs meanwhile."""
+        return self.apart and self.staleness > 0
+
+
+@dataclass(frozen=True)
 class Setting:
-    """How training is laid out, in the words of a recipe's keys; `gpus` are all ranks."""
+    """How training is laid out, in the words of a recipe's keys; `gpus` are all of its ranks."""
 
     gpus: int = 1
     ring: int = 1
@@ -54,6 +93,13 @@ class Setting:
     """GPUs that a serving engine spreads the generator over; 0: the trainer's own model generates, whole on each GPU."""
     reference: bool = False
     """A frozen model beside the trained one, for a KL term."""
+    servers: Servers | None = None
+    """Who generates in the trainer's place."""
+
+    @property
+    def all_gpus(self) -> int:
+        """The trainer's, and those that its servers have for themselves."""
+        return self.gpus + (self.servers.gpus if self.servers and self.servers.apart else 0)
 
     @property
     def sp(self) -> int:

@@ -2,7 +2,7 @@
 
 Everything that changes no number may be tried: how ranks share a row, checkpointing, offloading, tiling. An 8-bit or
 offloaded optimizer is tried only where plain AdamW fits nowhere, and adapters in place of full weights, which change what is
-learned, only where nothing else is left. Among those that fit the one with the fewest GPU-seconds wins: the least time,
+learned, only where nothing else is left. Servers that generate stay as they are given. Among those that fit the one with the fewest GPU-seconds wins: the least time,
 since all GPUs are paid for. Ties go to the plainer setting.
 """
 

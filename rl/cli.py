@@ -28,6 +28,7 @@ from .plan_command import add_plan
 from .policy import model_source
 from .recipe import Recipe, load_recipe, shipped, to_toml
 from .report import write_report
+from .serving.serve_command import add_serve
 from .sources import check_window, read_prompts
 from .trace_command import add_trace
 from .train import Stopped, train
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--run-dir", type=Path)
     demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False, force=False)
     add_plan(commands)
+    add_serve(commands)
     add_doctor(commands)
     add_behaviours(commands)
     add_trace(commands)

@@ -1,7 +1,8 @@
 """Strict reading of nested settings into frozen dataclasses.
 
 An unknown key or a value of the wrong type stops with the key's full name, the nearest known key and what would fit.
-A value from the command line comes as text (`Raw`) and is read as the type that the field has. Keys are written with
+A value from the command line comes as text (`Raw`) and is read as the type that the field has; a list as A,B or, where its items
+have commas, as ["A", "B"]. Keys are written with
 underscores; on the command line dashes do as well.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -153,7 +155,12 @@ def _read(hint: Any, value: Any, where: str) -> Any:
 
 
 def _read_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
-    if isinstance(value, Raw):
+    if isinstance(value, Raw) and value.startswith("["):  # items that have commas themselves
+        try:
+            value = tomllib.loads(f"list = {value}")["list"]
+        except tomllib.TOMLDecodeError:
+            raise ValueError(f'{where!r} must be a list, not {value!r}: write A,B or ["A", "B"]') from None
+    elif isinstance(value, Raw):
         value = [Raw(part.strip()) for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{where!r} must be a list, not {value!r}")

@@ -60,6 +60,10 @@ class Generator(Protocol):
         """Brings the policy's weights to whoever lacks them, which `sample` else does when it begins."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is sampled for a while: a server that shares its GPU with the trainer gives it up until it is asked again."""
+        ...
+
     def beside(self, policy: Policy) -> Generator:
         """The same servers, asked by a thread of this rank alone while another trains; `policy` is that thread's.
 
@@ -116,6 +120,9 @@ class LocalGenerator:
         return {}
 
     def refresh(self) -> None:
+        pass
+
+    def rest(self) -> None:
         pass
 
     def beside(self, policy: Policy) -> Generator:

@@ -132,7 +132,9 @@ class GrpoTrainer:
             if self.policy.served is not None:
                 with watch("update_weights"):
                     self.policy.served.refresh()
-            return self.collect(step, watch, saved), self.stragglers.counts
+            groups = self.collect(step, watch, saved)
+            self.policy.rest()
+            return groups, self.stragglers.counts
         with watch("wait_for_rollouts"):
             found = self._overlap.take(step).made
         watch.join(found.seconds, found.spans)

@@ -20,6 +20,7 @@ from ..engine.planner_shape import ModelShape, Row, Unplannable, model_shape
 from .console import Console
 from .curriculum import Phase, phase_name
 from .grpo_config import GrpoConfig
+from .plan_servers import servers_of
 from .policy import model_source
 from .recipe import Recipe
 
@@ -48,7 +49,7 @@ def make_plan(recipe: Recipe, gpu: Gpu, gpus: int, *, model_config: str | None =
 
     Args:
         model_config: a folder with the model's config.json, for a model that can't be reached.
-        serve: GPUs that a serving engine spreads a generator over; 0: the trainer generates.
+        serve: GPUs that a serving engine spreads a generator over; 0: the trainer generates, or servers as [generator] says.
 
     Raises:
         ValueError: a number of GPUs that can't be, or a model that can't be read or planned.
@@ -57,8 +58,26 @@ def make_plan(recipe: Recipe, gpu: Gpu, gpus: int, *, model_config: str | None =
         raise ValueError(f"--gpus must be at least 1 and --serve at least 0, not {gpus} and {serve}")
     shape = recipe_shape(recipe.model, model_config)
     loads = loads_of(recipe)
-    own = replace(setting_of(recipe, gpus), serve=serve)
+    own = laid_out(recipe, gpus, serve)
     return Plan(recipe, shape, gpu, loads, propose(shape, own, gpu, loads))
+
+
+def laid_out(recipe: Recipe, gpus: int, serve: int = 0) -> Setting:
+    """The recipe's own setting on `gpus` GPUs, of which its servers have theirs.
+
+    Raises:
+        ValueError: none is left for the trainer.
+    """
+    servers = servers_of(recipe, serve)
+    if servers is None:
+        return replace(setting_of(recipe, gpus), serve=serve)
+    taken = servers.gpus if servers.apart else 0
+    if taken >= gpus:
+        raise ValueError(
+            f"--gpus {gpus}: {servers.count} server(s) of {servers.gpus // servers.count} take {taken}, and none is left for the "
+            "trainer: give more, or fewer to the servers (generator.servers, generator.args)"
+        )
+    return replace(setting_of(recipe, gpus - taken), servers=servers)
 
 
 def recipe_shape(model: ModelConfig, folder: str | None = None) -> ModelShape:
@@ -153,7 +172,13 @@ def check_fits(recipe: Recipe, console: Console, *, force: bool, gpus: int = 1) 
         console.warn(f"no plan: {error}")
         return
     gpu, name = this_device(recipe)
-    tried = try_setting(shape, setting_of(recipe, gpus), gpu, loads_of(recipe))
+    setting, loads = setting_of(recipe, gpus), loads_of(recipe)
+    servers = servers_of(recipe)
+    if servers is not None and not servers.apart and recipe.model.device != "cpu" and torch.cuda.is_available():
+        setting = replace(setting, servers=servers)
+    elif servers is not None:  # not on this device, or on a CPU, where the machine's memory is for both
+        loads = tuple(replace(load, prompts=0) for load in loads)
+    tried = try_setting(shape, setting, gpu, loads)
     what, memory = max((plan.peak for plan in tried.plans), key=lambda peak: peak[1].total)
     if tried.fits:
         console.say(f"plan: {memory.total / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} at most ({what}) on {name}")
@@ -162,7 +187,7 @@ def check_fits(recipe: Recipe, console: Console, *, force: bool, gpus: int = 1) 
     if force:
         console.warn(f"{problem}; going on, as --force says")
         return
-    better = propose(shape, setting_of(recipe, gpus), gpu, loads_of(recipe))
+    better = propose(shape, setting, gpu, loads)
     way_out = (
         f"{' '.join(better.changes)} would"
         if better.best

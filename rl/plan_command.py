@@ -42,7 +42,7 @@ def add_plan(commands: Any) -> None:
     ):
         command.add_argument(f"--gpu-{name}", type=float, metavar="X", help=f"with --gpu custom: {what}")
     command.add_argument("--model-config", metavar="DIR", help="a folder with the model's config.json, where no hub is")
-    command.add_argument("--serve", type=int, default=0, metavar="N", help="a serving engine over N GPUs generates")
+    command.add_argument("--serve", type=int, default=0, metavar="N", help="a serving engine over N GPUs generates (default: as [generator] says)")  # fmt: skip
     command.add_argument(
         "--trace", action="store_true", help="run the real step at full shape without memory beside the formulas"
     )
@@ -116,6 +116,7 @@ def alone(setting: Setting) -> Setting:
         liger=False,
         optimizer="adamw",
         serve=0,
+        servers=None,
         reference=False,
     )
 

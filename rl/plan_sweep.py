@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..engine.planner import Load
+from ..engine.planner_memory import Setting
 from ..engine.planner_search import Tried, cheapest
 from .curriculum import phase_name
 from .figures import DPI, FAINT, HEIGHT_INCHES, INK, WIDTH_INCHES
@@ -58,11 +59,19 @@ def sweep(plan: Plan, contexts: Sequence[int] = CONTEXTS, gpus: Sequence[int] = 
     for context in contexts:
         load = load_at(plan, context)
         for count in gpus:
-            ways = [serve for serve in dict.fromkeys((own.serve, SERVED)) if serve <= count]
-            settings = [replace(own, gpus=count, serve=serve) for serve in ways]
+            settings = settings_on(own, count)
             fitting = (cheapest(plan.shape, setting, plan.gpu, [load]) for setting in settings)
             found.append(Point(context, count, next((tried for tried in fitting if tried), None)))
     return found
+
+
+def settings_on(own: Setting, count: int) -> list[Setting]:
+    """The recipe's setting on `count` GPUs in all, and with an engine that serves; servers of the recipe's keep theirs."""
+    if own.servers is not None:
+        left = count - (own.all_gpus - own.gpus)
+        return [replace(own, gpus=left, servers=replace(own.servers, window=0))] if left > 0 else []
+    ways = [serve for serve in dict.fromkeys((own.serve, SERVED)) if serve <= count]
+    return [replace(own, gpus=count, serve=serve) for serve in ways]
 
 
 def load_at(plan: Plan, context: int) -> Load:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..engine.planner import StepPlan
-from ..engine.planner_memory import Memory
+from ..engine.planner_memory import Memory, Setting
 from .plan import Plan
 
 MEMORY_PARTS = (
@@ -17,19 +17,47 @@ PROMPTS_COUNTED = 1000
 
 def plan_text(plan: Plan) -> str:
     """Everything that `longreach plan` says."""
-    chosen, gpus = plan.chosen, plan.proposal.own.setting.gpus
+    chosen, gpus = plan.chosen, plan.proposal.own.setting.all_gpus
     parts = [
         f"{plan.recipe.name} ({plan.shape.parameters / 1e9:.1f}B parameters) on {gpus} x {plan.gpu.name} "
         f"({plan.gpu.usable / 1e9:.1f} GB usable each)",
+        layout(plan.proposal.own.setting),
         verdict(plan),
         "memory of one GPU in GB, at the moment that needs most\n" + memory_table(chosen.plans),
-        "seconds of one step, and what bounds each part\n" + time_table(chosen.plans),
+        "seconds of one step, and what bounds each part\n" + time_table(chosen.plans) + side_by_side(chosen.plans),
         "what a step costs and what sharing prompts saves\n" + cost_table(plan),
         why_not(plan),
         "Lengths are the largest that each phase allows, so times and costs are upper bounds. Memory and operations are held "
         "against a trace of the real step; seconds rest on assumed rates and are not measured.",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def layout(setting: Setting) -> str:
+    """Who has which GPUs, where servers generate."""
+    servers = setting.servers
+    if servers is None:
+        return ""
+    each = servers.gpus // servers.count
+    spread = f"{each} GPU{'s' * (each > 1)}"
+    if servers.replicas > 1:
+        spread += f" ({servers.replicas} copies of the model)"
+    if not servers.apart:
+        awake = "asleep while it trains" if servers.sleep else "awake while it trains"
+        return f"{setting.gpus} GPU(s) train; {servers.count} vLLM server(s) of {spread} generate on the same ones, {awake}"
+    return f"{setting.gpus} GPU(s) train; {servers.count} vLLM server(s) of {spread} generate on {servers.gpus} others"
+
+
+def side_by_side(plans: Sequence[StepPlan]) -> str:
+    """Which of the two a step waits for, where they overlap."""
+    lines = [
+        f"{plan.load.name}: the next step is generated while this one trains: a step takes as long as "
+        f"{'generation' if plan.generation > plan.training else 'training'} ({seconds(max(plan.generation, plan.training))} s, the "
+        f"other {seconds(min(plan.generation, plan.training))}) and the weights' way"
+        for plan in plans
+        if plan.overlaps
+    ]
+    return "\n".join(["", *lines]) if lines else ""
 
 
 def verdict(plan: Plan) -> str:
@@ -71,7 +99,7 @@ def time_table(plans: Sequence[StepPlan]) -> str:
 
 def cost_table(plan: Plan) -> str:
     rows = []
-    gpus = plan.chosen.setting.gpus
+    gpus = plan.chosen.setting.all_gpus
     for step in plan.chosen.plans:
         load = step.load
         hours = step.seconds * gpus / 3600
@@ -93,7 +121,7 @@ def epoch_line(plan: Plan) -> str:
         return ""
     steps = -(-limit // last.load.prompts)
     hours = steps * last.seconds / 3600
-    gpus = plan.chosen.setting.gpus
+    gpus = plan.chosen.setting.all_gpus
     return (
         f"\nan epoch over data.limit = {limit:,} prompts, all as long as {last.load.name} allows: {steps} steps, "
         f"{hours:,.1f} h, {hours * gpus:,.1f} GPU-hours"
@@ -103,6 +131,8 @@ def epoch_line(plan: Plan) -> str:
 def why_not(plan: Plan) -> str:
     """What each thing that the proposal turns on is for, or what is missing even with all of them."""
     best = plan.proposal.best
+    if best is None and all(tried.problem == plan.proposal.own.problem for _, tried in plan.proposal.others):
+        return ""  # nothing here changes what is wrong
     lines = []
     for name, tried in plan.proposal.others:
         if not tried.fits:

@@ -154,6 +154,11 @@ class Policy:
         """
         return (self.served or LocalGenerator(self)).sample(prompts, group_size, sampling, seed, on_done)
 
+    def rest(self) -> None:
+        """Training begins: a generator that shares the GPU gives it up until it is asked again."""
+        if self.served is not None:
+            self.served.rest()
+
     def generation_metrics(self) -> dict[str, float]:
         """What the generator counted since the last time."""
         return {} if self.served is None else self.served.metrics()

@@ -111,6 +111,11 @@ class Recipe:
                     f"phases.{index} cuts the distribution (top_p, top_k), of which servers give none that compare: set top_p = 1 and "
                     f"top_k = 0, or {key} = 0"
                 )
+        if self.rl.staleness and self.generator.sync.sleep:
+            raise ValueError(
+                f"rl.staleness = {self.rl.staleness} samples while the policy trains, and generator.sync.sleep gives the servers' "
+                "GPU to the trainer meanwhile: set one of them to 0"
+            )
 
     def _check_cache(self, what: str, prompt: int, samples: int, max_completion: int) -> None:
         need = prompt + samples * max_completion

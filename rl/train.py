@@ -142,11 +142,13 @@ class Run:
 
     def go(self) -> Path:
         stages = stages_of(self.recipe)
-        longest = max((len(prompt.ids) for prompt in self.context.prompts.eval), default=0)
+        prompts = self.context.prompts
+        longest = max((len(prompt.ids) for prompt in prompts.eval), default=0)
+        probe_ids = next((prompt.ids for prompt in (*prompts.train, *prompts.eval)), ())
         window, home = self.recipe.served_window(longest), self.folder.root / "servers"
         with (
             self._catching_ctrl_c(),
-            generating(self.context.policy, self.recipe, window, home=home, say=self.console.say),
+            generating(self.context.policy, self.recipe, window, home=home, probe_ids=probe_ids, say=self.console.say),
         ):
             while self.progress.stage < len(stages):
                 stage = stages[self.progress.stage]
@@ -178,6 +180,7 @@ class Run:
         def one(step: int, learning_rate: float, watch: Stopwatch) -> dict[str, float]:
             batch = sft_batch(groups, config, self.recipe.run.seed, step)
             clip = self.recipe.optimizer.grad_clip
+            policy.rest()
             return sft_step(
                 policy, self._optimizer(), batch, config, learning_rate=learning_rate, grad_clip=clip, watch=watch
             )

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+VLLM = ROOT / ".venv-vllm"
 
 
 @dataclass
@@ -152,7 +153,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if gpu and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         # One worker at a time on the GPU; elsewhere a file's tests share its fixtures, so they go to one worker.
-        item.add_marker(pytest.mark.xdist_group("gpu" if gpu else item.nodeid.split("::")[0]))
+        item.add_marker(
+            pytest.mark.xdist_group(
+                "gpu" if gpu else "vllm" if item.get_closest_marker("vllm") else item.nodeid.split("::")[0]
+            )
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -162,3 +167,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if name == "table":
                 terminalreporter.section(report.nodeid, "-")
                 terminalreporter.write_line(text)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter that runs vLLM; the test is skipped without one, and says why there is none."""
+    named = os.environ.get("LONGREACH_VLLM_PYTHON")
+    if named:
+        return Path(named)
+    if not list(VLLM.glob(".ready-*")):
+        log = VLLM / "setup.log"
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+        pytest.skip(f"no vLLM in {VLLM.name}: " + (f"make vllm failed: {last[-1]}" if last else "make vllm sets it up"))
+    return VLLM / "bin" / "python"

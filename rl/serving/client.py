@@ -82,7 +82,12 @@ class VllmGenerator:
             pass
 
     def close(self) -> None:
-        """See `Generator`. Ends what was started here, and nothing else."""
+        """See `Generator`. Ends what was started here, and nothing else; servers of others may be had by another run."""
+        if self._ranks.main and self.config.urls and isinstance(self.hand_over, Handing):
+            try:
+                self.hand_over.close()
+            except OSError as error:
+                self._say(f"the servers don't know that this run has left them: {error}")
         if self._background is not None:
             self._background.__exit__(None, None, None)
             self._background = None
@@ -111,6 +116,20 @@ class VllmGenerator:
         behind = self._ranks.together(self._behind, lambda: None)
         if behind:
             self._bring_in_step(behind)
+
+    def rest(self) -> None:
+        """See `Generator`; where `generator.sync.sleep` says that a GPU is shared."""
+        if not self.config.sync.sleep or not isinstance(self.hand_over, Handing):
+            return
+        if self.hand_over.sync is None:  # it sleeps only with weights that are known
+            self._bring_in_step(self._ranks.first(lambda: self.servers))
+        self._ranks.together(self._sleep, lambda: None)
+
+    def _sleep(self) -> None:
+        assert isinstance(self.hand_over, Handing) and self._background is not None
+        self.hand_over.rest()
+        for host in self._hosts:  # none is asked before a push has woken it
+            self._background.submit(self._asking.pool.now(host, up=True, version=None)).result()
 
     def beside(self, policy: Policy) -> VllmGenerator:
         """See `Generator`. It must have been started."""

@@ -7,12 +7,13 @@ vLLM is a program here, never an import: its environment pins another torch.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedConfig
 
 from ...engine.model import ModelConfig
-from ..policy import Policy, model_source
+from ..policy import model_source
 from .config import ServingConfig
 from .sync_config import server_needs
 
@@ -23,7 +24,27 @@ _BATCHED_TOKENS = 8192
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def server_command(policy: Policy, config: ServingConfig, window: int) -> list[str]:
+class Served(Protocol):
+    """Of a policy, what its servers are started by: nothing of its weights."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def model(self) -> Described: ...
+
+
+class Described(Protocol):
+    """Of a model: its configuration, and where it computes."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def server_command(policy: Served, config: ServingConfig, window: int) -> list[str]:
     """The arguments after the interpreter, for sequences of `window` tokens."""
     length = config.max_model_len or window
     dtype = config.dtype or computed_in(policy.config)
@@ -55,12 +76,12 @@ def server_command(policy: Policy, config: ServingConfig, window: int) -> list[s
     return [*command, *needs.arguments, *config.args]
 
 
-def lora_rank(policy: Policy) -> int:
+def lora_rank(policy: Served) -> int:
     """Of the policy's adapters; 0 for none."""
     return 0 if policy.config.lora is None else policy.config.lora.rank
 
 
-def seeded(policy: Policy, config: ServingConfig) -> bool:
+def seeded(policy: Served, config: ServingConfig) -> bool:
     """Whether each prompt has a random stream of its own."""
     return policy.model.device.type != "cpu" if config.seeded is None else config.seeded
 
@@ -93,7 +114,7 @@ def cache_bytes(model: PreTrainedConfig, dtype: str) -> int:
     return 2 * text.num_hidden_layers * heads * size * _BYTES[dtype]
 
 
-def _stretched(policy: Policy) -> dict[str, Any]:
+def _stretched(policy: Served) -> dict[str, Any]:
     """What [model] changed of the positions: the files on disk don't have it."""
     if policy.config.yarn is None and policy.config.rope_scaling is None:
         return {}

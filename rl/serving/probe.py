@@ -75,16 +75,19 @@ class Probe:
     def build(cls, policy: Policy, facts: Sequence[Facts], ids: Sequence[int] = ()) -> Probe:
         """From the given ids (the first prompt of the data, say), filled up with random tokens that have no special meaning.
 
+        Two blocks of the cache are read; of a server whose sequences have no room for that, what it could have of them.
+
         Raises:
-            ValueError: a server's longest sequence has no room for two blocks of its own cache.
+            ValueError: a server's longest sequence has no room for a handful of tokens.
         """
-        start = max(SHORTEST, *(2 * fact.block for fact in facts))
-        length, longest = start + PREFIXES - 1, min(fact.longest for fact in facts)
-        if length + 1 > longest:
+        longest = min(fact.longest for fact in facts)
+        start = min(max(SHORTEST, *(2 * fact.block for fact in facts)), longest - PREFIXES)  # and one more is sampled
+        if start < 1:
             raise ValueError(
-                f"the probe needs {length + 1} tokens (two blocks of the server's cache), and the server takes {longest}: "
-                "start it with a larger --max-model-len or a smaller --block-size, or set generator.sync.probe = false"
+                f"the probe needs {PREFIXES + 1} tokens, and the server takes {longest}: start it with a larger "
+                "--max-model-len, or set generator.sync.probe = false"
             )
+        length = start + PREFIXES - 1
         special = set(policy.tokenizer.all_special_ids)
         known = [i for i in range(min(len(policy.tokenizer), policy.model.config.vocab_size)) if i not in special]
         filling = random.Random(0).choices(known, k=length)

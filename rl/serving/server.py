@@ -33,19 +33,20 @@ _STOP_S = 30.0
 
 
 class Server:
-    """`command` is what follows the interpreter, without the port: `--host` and `--port` are added.
+    """`command` is what follows the interpreter; `--host` and `--port` are added, the latter a free one where `port` is 0.
 
     `url`, `log` and `process` (None before the start) are for whoever talks to it, reads or watches it.
     """
 
     def __init__(
-        self, python: Path, command: Sequence[str], *, log: Path, port: int = 0, settings: Mapping[str, str] | None = None
+        self, python: Path, command: Sequence[str], *, log: Path, port: int = 0, settings: Mapping[str, str] | None = None,
+        host: str = HOST,
     ) -> None:  # fmt: skip
-        self.log = log
+        self.log, self._host = log, host
         self._python, self._command, self._settings = python, tuple(command), dict(settings or {})
-        self._reserved = reserve(port)
+        self._reserved = reserve(port, host)
         self.port: int = self._reserved.getsockname()[1]
-        self.url = f"http://{HOST}:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,7 +60,7 @@ class Server:
         settings = [f"{name}={value}" for name, value in self._settings.items()]
         command = [
             str(self._python), "-I", str(_KEEPER), *settings, "--",
-            str(self._python), *self._command, "--host", HOST, "--port", str(self.port),
+            str(self._python), *self._command, "--host", self._host, "--port", str(self.port),
         ]  # fmt: skip
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -120,7 +121,7 @@ class Server:
         self.process = None  # its number may be another's from now on
 
 
-def reserve(port: int) -> socket.socket:
+def reserve(port: int, host: str = HOST) -> socket.socket:
     """A port (0: a free one) that is ours while the socket is open, without listening on it.
 
     Raises:
@@ -129,7 +130,7 @@ def reserve(port: int) -> socket.socket:
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((HOST, port))
+        held.bind((host, port))
     except OSError as error:
         held.close()
         raise ValueError(

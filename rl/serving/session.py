@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @contextmanager
 def generating(
     policy: Policy, recipe: Recipe, window: int, *, home: Path | None, hand_over: HandOver | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    probe_ids: Sequence[int] = (), say: Callable[[str], object] = lambda text: None,
 ) -> Iterator[None]:  # fmt: skip
     """The policy generates as [generator] says, for sequences of up to `window` tokens.
 
     `home` is where servers keep their logs, and where weights are handed over unless `hand_over` does it another way; without
-    one it is a new folder of the system's for temporary files.
+    one it is a new folder of the system's for temporary files. `probe_ids`: a prompt, with which pushes are probed.
     """
     if recipe.generator.kind == "local":
         yield
@@ -33,7 +33,7 @@ def generating(
     home = policy.ranks.first(lambda: home or Path(tempfile.mkdtemp(prefix="longreach-servers-"))).absolute()
     if hand_over is None:
         owner = f"{socket.gethostname()}:{home}"
-        hand_over = Handing(recipe.generator.sync, owner, home / "handed-over")
+        hand_over = Handing(recipe.generator.sync, owner, home / "handed-over", probe_ids)
     policy.served = VllmGenerator(policy, recipe.generator, home, hand_over=hand_over, say=say)
     try:
         policy.served.start(window)

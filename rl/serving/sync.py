@@ -44,7 +44,7 @@ class SyncReport:
 
     def metrics(self) -> dict[str, float]:
         made = {
-            "timing_s/sync_weights": self.seconds,
+            "sync/seconds": self.seconds,
             "sync/bytes": float(self.bytes),
             "sync/version": float(self.version),
         }

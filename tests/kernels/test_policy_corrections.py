@@ -203,7 +203,9 @@ def test_how_far_the_two_are_apart_is_measured_corrected_or_not() -> None:
         "ratio/mean": sum(map(math.exp, GAPS)) / 10,
         "ratio/mean_square": sum(math.exp(2 * x) for x in GAPS) / 10,
     }
-    for options in ({}, {"importance_cap": 1.2}, {"importance_range": (0.5, 5.0), "importance_level": "sequence"}):
+    corrections: list[dict[str, Any]] = [{}, {"importance_cap": 1.2}]
+    corrections.append({"importance_range": (0.5, 5.0), "importance_level": "sequence"})
+    for options in corrections:
         assert apart(run(**options)[1]) == pytest.approx(want)
 
 

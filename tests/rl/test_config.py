@@ -94,6 +94,13 @@ def test_overrides_are_read_as_the_type_of_their_field() -> None:
     assert made == Whole("none", True, None, ("a", "b"), (Part(1, 1e-3), Part(1000)), {"some": Part(7)}, None)
 
 
+def test_a_list_may_have_items_with_commas() -> None:
+    assert overridden({"name": "x"}, ("names", '["0,1", "2,3"]')).names == ("0,1", "2,3")
+    assert overridden({"name": "x"}, ("names", "[]")).names == ()
+    with pytest.raises(ValueError, match=r"'names\.0' must be text, not 1"):
+        overridden({"name": "x"}, ("names", "[1]"))
+
+
 def test_an_override_makes_the_section_that_is_not_there() -> None:
     assert overridden({"name": "x"}, ("section.upper", "3")).section == Part(3)
 
@@ -126,6 +133,7 @@ def test_dashes_do_for_underscores_on_the_command_line_unless_a_name_has_them() 
         ("name.x", "1", "'name' is a value, not a section"),
         ("name.x.y", "1", "'name' is a value, not a section"),
         ("section", "3", "'section' is a section, not '3'"),
+        ("names", '["a"', """'names' must be a list, not '["a"': write A,B or ["A", "B"]"""),
         ("free", "3", "'free' holds sections of free names, not '3'"),
         ("nam", "y", "unknown key 'nam': did you mean 'name'?"),
         ("wrong.deep.key", "y", "unknown key 'wrong'"),

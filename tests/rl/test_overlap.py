@@ -48,6 +48,7 @@ class Elsewhere:
 
     def start(self, window: int) -> None: ...
     def close(self) -> None: ...
+    def rest(self) -> None: ...
     def health(self) -> dict[str, str]:
         return {}
 
@@ -210,7 +211,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def generating(policy: Policy, *_: Any, **__: Any) -> Iterator[None]:
-        policy.served = Elsewhere(policy)
+        policy.served = Elsewhere(policy)  # type: ignore[assignment]
         yield
         policy.served = None
 
@@ -261,6 +262,7 @@ def test_a_run_that_was_stopped_trains_on_no_prompt_twice_and_loses_none(
     [
         ([("generator.kind", "local")], "another program"),
         ([("phases.0.top_p", "0.95")], "cuts the distribution"),
+        ([("generator.sync.sleep", "1")], "gives the servers' GPU to the trainer meanwhile"),
     ],
 )
 def test_what_can_t_overlap_is_refused(changes: list[tuple[str, str]], message: str) -> None:

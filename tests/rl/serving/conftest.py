@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from longreach.engine.model import ModelConfig
 from longreach.rl.policy import Policy
 from longreach.rl.prompts import Prompt
 from longreach.rl.serving.client import VllmGenerator
-from longreach.rl.serving.config import VENV, ServingConfig
+from longreach.rl.serving.config import ServingConfig
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,16 +136,3 @@ def served_policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Policy(ModelConfig(str(folder), device="cpu"), GeneratorConfig())
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> Path:
-    """The interpreter that runs vLLM; the test is skipped without one, and says why there is none."""
-    named = os.environ.get("LONGREACH_VLLM_PYTHON")
-    if named:
-        return Path(named)
-    if not list((ROOT / VENV).glob(".ready-*")):
-        log = ROOT / VENV / "setup.log"
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-        pytest.skip(f"no vLLM in {VENV}: " + (f"make vllm failed: {last[-1]}" if last else "make vllm sets it up"))
-    return ROOT / VENV / "bin" / "python"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from longreach.engine import Sampling
 from longreach.rl.generator import Generator
+from longreach.rl.policy import Policy
 from longreach.rl.serving.client import VllmGenerator
+from longreach.rl.serving.handing import Handing
 from longreach.rl.serving.http import ServerError
+from longreach.rl.serving.sync_config import SyncConfig
 
 Make = Callable[..., Any]
 
@@ -298,3 +302,39 @@ def test_many_ranks_get_the_same_completions_and_share_what_follows(
     assert "no completions of prompt 'p9' (13 tokens) after one try" in first["failed"]
     assert first["failed"] == second["failed"]
     assert first["metrics"] == second["metrics"] and first["metrics"]["rollout/failed_requests"] == 1
+
+
+class Watched(Handing):
+    """Notes what is asked of it."""
+
+    def __init__(self, sleep: int) -> None:
+        super().__init__(SyncConfig(sleep=sleep), "here:/runs/a", Path("nowhere"))
+        self.done: list[str] = []
+
+    def __call__(self, policy: Policy, urls: Sequence[str]) -> None:
+        self.sync = SimpleNamespace(served_model="m", base_model="m")  # type: ignore[assignment]
+        self.done.append(f"push {policy.version}")
+
+    def rest(self) -> None:
+        self.done.append("sleep")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+@pytest.mark.parametrize("sleep", [0, 1])
+def test_a_server_that_shares_a_gpu_sleeps_while_the_policy_trains_and_is_pushed_to_before_it_is_asked(
+    fake: Any, make_generator: Make, draw: Make, sleep: int
+) -> None:
+    watched = Watched(sleep)
+    generator = make_generator(fake.url, hand_over=watched, sync=SyncConfig(sleep=sleep))
+    generator.rest()  # SFT comes first
+    draw(generator, 9)
+    generator.rest()
+    draw(generator, 9)  # with the same weights: an update that nothing was learned from
+    generator.rest()
+    generator.policy.version = 1
+    draw(generator, 9)
+    generator.close()
+    slept = ["push 0", "sleep", "push 0", "sleep", "push 0", "sleep", "push 1", "close"]
+    assert watched.done == (slept if sleep else ["push 1", "close"])

@@ -76,8 +76,12 @@ def test_its_prompt_is_the_given_ids_filled_up_without_special_tokens(policy: Po
     assert Probe.build(policy, [facts(), facts(block=128)], ids=[7, 8, 9]) == probe, (
         "two blocks of each server's, every time"
     )
-    with pytest.raises(ValueError, match=r"needs 272 tokens .* takes 271"):
-        Probe.build(policy, [facts(128, 271)])
+    short = Probe.build(policy, [facts(128, 150)])
+    assert short.start + PREFIXES == 150, (
+        "one block is all that such a server can have; the last prefix leaves a token's room"
+    )
+    with pytest.raises(ValueError, match="needs 17 tokens, and the server takes 16"):
+        Probe.build(policy, [facts(128, 16)])
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_workers_of_all_servers_have_their_own_places(serve: Serve) -> None:
 def test_vllms_own_classes_and_routes_take_the_requests(
     policy: Policy, serve: Serve, tmp_path: Path, vllm_python: Path
 ) -> None:
-    sizes = [5, 90, 3, 3, 3, 94, 101, 1, 1]
+    sizes = [5, 90, 5, 3, 3, 94, 101, 1, 1]
     limit = 100
     cuts = [
         [n for n, _ in c]

@@ -1,14 +1,16 @@
 """Weights pushed to vLLM itself (its CPU build): they arrive, what doesn't is caught, and running requests know whose tokens they have.
 
-One server for all tests, started once more by the last; skipped where `make vllm` has set nothing up.
+One server for all tests but the last, which trains; skipped where `make vllm` has set nothing up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from longreach.engine.generate import GeneratorConfig
 from longreach.engine.model import LoraConfig, ModelConfig
 from longreach.engine.plain_weights import PlainWeights
 from longreach.rl.policy import Policy
+from longreach.rl.recipe import Recipe
 from longreach.rl.serving import replies, sync_files
 from longreach.rl.serving.command import server_command, server_settings
 from longreach.rl.serving.config import ServingConfig
@@ -31,6 +34,7 @@ from longreach.rl.serving.server import Server
 from longreach.rl.serving.sync_config import SyncConfig
 from longreach.rl.serving.sync_files import FileSync
 from longreach.rl.serving.sync_lora import LoraSync
+from longreach.rl.train import train as train_whole
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 OWNER = "here:/runs/a"
@@ -236,3 +240,22 @@ def test_a_server_that_does_not_see_the_folder_and_one_that_starts_again(
     (difference,) = watching.push(policy, 1).differences
     watching.check()
     assert max(difference.mean.values()) < ROUNDING
+
+
+def test_training_samples_from_the_weights_that_it_made(
+    make_recipe: Callable[..., Recipe], served_policy: Policy, vllm_python: Path, tmp_path: Path
+) -> None:
+    """Steps that change the policy by a nat or so: sampled from older weights, rollouts would not agree with the trainer."""
+    recipe = make_recipe(
+        model__path=served_policy.config.path, model__lora={"rank": RANK, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}, sft=None, retrospective=None, phases__0__steps=3,
+        generator__kind="vllm", generator__python=str(vllm_python), data__eval=[], eval=None,
+    )  # fmt: skip
+    recipe = replace(recipe, phases=recipe.phases[:1])
+    train_whole(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "sync/version" in line]
+    assert [line["sync/version"] for line in steps] == [1.0, 2.0], steps
+    for line in steps:
+        assert line["sync/probe_mean_diff"] < 0.002 and line["sync/seconds"] > 0 and line["sync/bytes"] > 0
+    rollouts = [line["sampling/sampling_logp_difference/max"] for line in lines if "sampling/groups" in line]
+    assert len(rollouts) == 3 and max(rollouts) < 1e-4, rollouts  # fp32 on both sides: 1e-6 was seen
