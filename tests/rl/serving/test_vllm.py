@@ -215,7 +215,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_is_started_again_and_nothing_i
     [host] = served._hosts
     assert host.server is not None and host.server.process is not None
     served.metrics()
-    prompts, killed = make_prompts(*[9] * 5, *[300] * 20), []
+    prompts, killed = make_prompts(*[9] * 5, *[300] * 80), []  # most wait for their prefill yet
 
     def kill(*_: object) -> None:
         """At the first completion: the whole server, and its keeper."""
