@@ -27,10 +27,8 @@ from .sync_config import SyncConfig
 WEIGHTS = "model.safetensors"
 
 
-class FileSync(WeightSync):
+class FolderSync(WeightSync):
     """`folder` is an absolute path that the servers see under the same name."""
-
-    how = "safetensors"
 
     def __init__(
         self,
@@ -45,6 +43,12 @@ class FileSync(WeightSync):
         super().__init__(urls, model, owner, config, probe_ids)
         self.folder = folder.absolute()
         self._written: Path | None = None
+
+
+class FileSync(FolderSync):
+    """The whole weights."""
+
+    how = "safetensors"
 
     def _prepare(self, policy: Policy, version: int) -> int:
         dtype = policy.ranks.first(lambda: self.facts()[0].dtype)

@@ -13,6 +13,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -22,29 +23,17 @@ from ...engine.whole import whole
 from ..policy import Policy
 from .control import Facts, Mark, StaleServer, SyncError
 from .http import ServerError
-from .sync import WeightSync
-from .sync_config import SyncConfig
+from .sync_files import FolderSync
 
 
-class LoraSync(WeightSync):
-    """`folder` as in `FileSync`."""
+class LoraSync(FolderSync):
+    """The adapters alone. `_loaded`: their names on the servers, the newest last."""
 
     how = "lora"
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        model: str,
-        owner: str,
-        config: SyncConfig,
-        probe_ids: Sequence[int] = (),
-        *,
-        folder: Path,
-    ) -> None:
-        super().__init__(urls, model, owner, config, probe_ids)
-        self.folder = folder.absolute()
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self._loaded: list[str] = []
-        self._written: Path | None = None
 
     @property
     def served_model(self) -> str:
