@@ -6,6 +6,7 @@ One server for all tests but the last, which trains; skipped where `make vllm` h
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import threading
 import time
@@ -187,6 +188,28 @@ def running(url: str) -> int:
     return sum(
         int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:num_requests_running")
     )
+
+
+def test_two_runs_at_one_server_and_a_disk_that_is_full(
+    policy: Policy, make_sync: Callable[..., FileSync], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, config = make_sync(), SyncConfig(kind="safetensors", deadline=60.0)
+    sync.push(policy, 0)
+    other = FileSync([server.url], name(policy), "there:/runs/b", config, folder=tmp_path / "b")
+    with pytest.raises(SyncError, match=r"there:/runs/b.*here:/runs/a.*take_over"):
+        other.push(policy, 0)
+    train(policy, 0.1)
+
+    def full(path: Path, *arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sync_files, "write_tensors", full)
+        with pytest.raises(SyncError, match=r"version 1 can't be written .* the servers still have version 0"):
+            sync.push(policy, 1)
+    sync.check()
+    (difference,) = sync.push(policy, 1).differences
+    assert max(difference.mean.values()) < ROUNDING
 
 
 def test_adapters_are_served_without_being_merged(

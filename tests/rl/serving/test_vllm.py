@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,30 @@ def test_a_straggler_is_stopped_and_gone_on_with_by_new_weights(
         f"off by at most {first:.1e} (old weights), {rest:.1e} (new ones); the old part by the new ones: {wrong:.1e}",
     )
     assert max(first, rest) < ROUNDING < 0.1 < wrong
+
+
+def test_a_server_that_hangs_misses_a_deadline_and_nothing_is_lost(
+    served: VllmGenerator, make_prompts: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still from the first completion on, twice as long as a request may take, and then goes on."""
+    [host] = served._hosts
+    assert host.server is not None and host.server.process is not None
+    group, hung = host.server.process.pid, list[threading.Timer]()
+    served.metrics()
+    monkeypatch.setattr(served._asking, "config", replace(served.config, deadline_s=4.0, tries=9))
+
+    def hang(*_: object) -> None:
+        if not hung:
+            os.killpg(group, signal.SIGSTOP)
+            hung.append(threading.Timer(8.0, os.killpg, (group, signal.SIGCONT)))
+            hung[0].start()
+
+    prompts = make_prompts(*[9] * 5, *[300] * 80)
+    made = served.sample(prompts, 4, Sampling(64), 0, hang)
+    hung[0].join()
+    metrics = served.metrics()
+    assert metrics["rollout/restarts"] == 0 < metrics["rollout/failed_requests"]
+    assert (flat(made) - ours(served.policy, prompts, made, 1.0)).abs().max().item() < ROUNDING
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_is_started_again_and_nothing_is_lost(
