@@ -24,6 +24,7 @@ from longreach.rl.serving.client import VllmGenerator
 from longreach.rl.serving.config import ServingConfig
 from longreach.rl.serving.handing import Handing
 from longreach.rl.serving.http import post
+from longreach.rl.serving.server import Server
 from longreach.rl.serving.sync_config import SyncConfig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -42,7 +43,7 @@ def served(
 ) -> Iterator[VllmGenerator]:  # fmt: skip
     config = ServingConfig(
         kind="vllm", python=str(vllm_python), args=("--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "64"),
-        environment={"HF_HUB_OFFLINE": "1"}, start_timeout_s=240.0, deadline_s=120.0, restarts=1,
+        environment={"HF_HUB_OFFLINE": "1"}, start_timeout_s=240.0, deadline_s=120.0, restarts=2,
     )  # fmt: skip
     generator = VllmGenerator(served_policy, config, tmp_path_factory.mktemp("servers"))
     try:
@@ -234,10 +235,51 @@ def test_a_server_that_hangs_misses_a_deadline_and_nothing_is_lost(
     assert (flat(made) - ours(served.policy, prompts, made, 1.0)).abs().max().item() < ROUNDING
 
 
+def test_a_second_server_can_t_have_its_port(served: VllmGenerator, vllm_python: Path, tmp_path: Path) -> None:
+    [host] = served._hosts
+    assert host.server is not None
+    with pytest.raises(ValueError, match=f"generator.port = {host.server.port} can't be had for a server"):
+        Server(vllm_python, [], log=tmp_path / "log", port=host.server.port)
+
+
+def engines(group: int) -> list[int]:
+    """vLLM's engine and its workers in a process group; the server that answers for them is none."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, pid = (folder / "comm").read_text(), int(folder.name)
+            if name.startswith("VLLM::") and os.getpgid(pid) == group:
+                found.append(pid)
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+    return found
+
+
+def test_a_server_whose_engine_dies_answers_with_errors_and_is_started_again(
+    served: VllmGenerator, make_prompts: Make
+) -> None:
+    [host] = served._hosts
+    assert host.server is not None and host.server.process is not None
+    group, killed = host.server.process.pid, list[int]()
+    served.metrics()
+
+    def kill(*_: object) -> None:
+        for pid in engines(group) if not killed else ():
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+    prompts = make_prompts(*[9] * 5, *[300] * 80)
+    made = served.sample(prompts, 4, Sampling(64), 0, kill)
+    metrics = served.metrics()
+    assert killed and metrics["rollout/restarts"] == 1
+    assert metrics["rollout/requeued"] == metrics["rollout/failed_requests"] > 0
+    assert (flat(made) - ours(served.policy, prompts, made, 1.0)).abs().max().item() < ROUNDING
+
+
 def test_a_server_killed_in_the_middle_of_a_batch_is_started_again_and_nothing_is_lost(
     served: VllmGenerator, make_prompts: Make
 ) -> None:
-    """The last test of the file: it has used up the server's one restart."""
+    """The last test of the file: it uses up the server's restarts."""
     [host] = served._hosts
     assert host.server is not None and host.server.process is not None
     served.metrics()
