@@ -38,6 +38,22 @@ class RunConfig:
             raise ValueError(f"run.threads must be 0 (torch's own number) or more, not {self.threads}")
 
 
+def lock_folder(root: Path, work: str, option: str) -> IO[str]:
+    """Makes the folder if need be and claims it until the file is closed; a kill frees it too.
+
+    Raises:
+        ValueError: another process has it, which is said in the words of `work` and of the `option` that names another.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lock = (root / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"another process is {work} in {root}: wait for it, or give another {option}") from None
+    return lock
+
+
 class RunFolder:
     """Paths and line files of one run. One run at a time: a second one is refused.
 
@@ -88,14 +104,7 @@ class RunFolder:
         ours = (".lock", f"{kept.name}{UNFINISHED}")  # a kill before the recipe was written leaves these
         if self.root.exists() and not kept.exists() and any(p.name not in ours for p in self.root.iterdir()):
             raise ValueError(f"{self.root} is not empty and not a run folder: give another --run-dir")
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.root / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training in {self.root}: wait for it, or give another --run-dir"
-            ) from None
+        self._lock = lock_folder(self.root, "training", "--run-dir")
         if kept.exists():
             before = kept.read_text(encoding="utf-8")
             if (difference := _difference(before, recipe_text)) is not None:

@@ -11,7 +11,6 @@ one that the server refuses is not.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ...engine.checkpoint import UNFINISHED, write_atomically
-from ..run import read_lines
+from ..run import lock_folder, read_lines
 from .questions import Key
 
 SCORED = "scored"
@@ -89,14 +88,7 @@ class ResultsFolder:
             strange = sorted(path.name for path in self.root.iterdir() if path.name not in ours)
             if strange:
                 raise ValueError(f"{self.root} holds {strange[0]} and is no results folder: give another --out")
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.root / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is evaluating in {self.root}: wait for it, or give another --out"
-            ) from None
+        self._lock = lock_folder(self.root, "evaluating", "--out")
         given = json.loads(json.dumps(conditions))
         if self.conditions_file.exists():
             _refuse_other(self.root, json.loads(self.conditions_file.read_text(encoding="utf-8")), given, rescore)
