@@ -33,6 +33,8 @@ PREFIXES = 16
 """Each a token longer than the one before."""
 TOP = 8
 """Likeliest next tokens asked for after each: fewer than any server's limit."""
+STRIDE = 8
+"""Prefixes that the trainer computes from one prompt: more of them repeat more of what lies between, fewer repeat the prompt."""
 SHORTEST = 128
 """Tokens before the first prefix ends, at least; and two blocks of the cache at least."""
 _FLOOR = 0.002
@@ -104,9 +106,15 @@ class Probe:
             ServerError: an answer without the log-probs that were asked for.
         """
         prefixes = [list(self.ids[: self.start + i]) for i in range(PREFIXES)]
-        wanted = {"model": model, **_PLAIN, "prompt": prefixes, "logprobs": TOP, "return_tokens_as_token_ids": True}
-        cached = control.post("/v1/completions", wanted)
-        fresh = control.post("/v1/completions", {**wanted, "cache_salt": secrets.token_hex(8)})
+        wanted = {"model": model, **_PLAIN, "logprobs": TOP, "return_tokens_as_token_ids": True}
+
+        def asked(**salt: str) -> list[Any]:
+            """The longest by itself first: the others then find in the cache what they have in common."""
+            control.post("/v1/completions", {**wanted, **salt, "prompt": prefixes[-1:]})
+            return control.post("/v1/completions", {**wanted, **salt, "prompt": prefixes})
+
+        cached = asked()
+        fresh = asked(cache_salt=secrets.token_hex(8))
         made = []
         for url, one, other in zip(control.urls, fresh, cached, strict=True):
             try:
@@ -121,12 +129,19 @@ class Probe:
         """The trainer's own values of the same tokens against each server's; a collective call where `policy.in_step`."""
         seen = [one.fresh + one.cached for one in answers]
         asked = [sorted(set().union(*(tops[i] | tops[i + PREFIXES] for tops in seen))) for i in range(PREFIXES)]
-        ids = torch.tensor(self.ids)
-        groups = [Group(ids[: self.start + i], [torch.tensor([t]) for t in asked[i]]) for i in range(PREFIXES)]
+        groups = [self._group(first, asked[first : first + STRIDE]) for first in range(0, PREFIXES, STRIDE)]
         with torch.no_grad():
-            values = iter(policy.logprobs(groups, 1.0).logp.double().cpu().tolist())
+            logp = policy.logprobs(groups, 1.0).logp.double().cpu()
+        lengths = [len(completion) for group in groups for completion in group.completions]
+        values = iter(logp[torch.tensor(lengths).cumsum(0) - 1].tolist())
         own = [{token: next(values) for token in tokens} for tokens in asked]
         return [_difference({"fresh": one.fresh, "cached": one.cached}, own) for one in answers]
+
+    def _group(self, first: int, asked: Sequence[Sequence[int]]) -> Group:
+        """Of tokens asked for after prefix number `first` and those behind it: a completion each, whose last token it is."""
+        ids, begin = torch.tensor(self.ids), self.start + first
+        ends = [(ids[begin : begin + i], token) for i, tokens in enumerate(asked) for token in tokens]
+        return Group(ids[:begin], [torch.cat([path, torch.tensor([token])]) for path, token in ends])
 
 
 @dataclass

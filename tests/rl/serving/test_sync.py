@@ -28,6 +28,7 @@ from longreach.rl.serving.sync import SyncReport
 from longreach.rl.serving.sync_config import SyncConfig, server_needs
 from longreach.rl.serving.sync_files import FileSync
 from longreach.rl.serving.sync_kinds import weight_sync
+from longreach.rl.serving.sync_transfer import NcclSync
 
 _SPEC = importlib.util.spec_from_file_location("stand_in_server", Path(__file__).with_name("stand_in_server.py"))
 assert _SPEC is not None and _SPEC.loader is not None
@@ -75,7 +76,7 @@ def test_one_order_and_nothing_besides(policy: Policy, serve: Serve, tmp_path: P
         "/v1/completions",  # old keys and values of the probe, into the cache
         "/pause", "/weight_checker", "/update_weight_version", "/collective_rpc", "/weight_checker",
         "/update_weight_version", "/reset_prefix_cache", "/resume",
-        "/v1/completions", "/v1/completions",  # the cached route first
+        "/v1/completions", "/v1/completions", "/v1/completions", "/v1/completions",  # by each route the longest, then all
         "/weight_info",
     ]  # fmt: skip
     marks = [body["new_version"] for path, _, body in server.asked if path == "/update_weight_version"]
@@ -88,8 +89,33 @@ def test_one_order_and_nothing_besides(policy: Policy, serve: Serve, tmp_path: P
     assert 0 < metrics["sync/probe_max_diff"] < 1e-3, "fp32 on both sides"
 
 
+def test_the_cached_route_is_asked_first_and_the_other_is_computed_afresh(
+    policy: Policy, serve: Serve, tmp_path: Path
+) -> None:
+    server, url = serve()
+    files(url, tmp_path).push(policy, 0)
+    asked = [body for path, _, body in server.asked if path == "/v1/completions"]
+    assert [len(body["prompt"]) for body in asked] == [1, 16] * 2
+    salts = [body.get("cache_salt") for body in asked]
+    assert salts[:2] == [None, None] and salts[2] == salts[3] is not None
+
+
 def test_a_report_without_a_probe_claims_nothing() -> None:
     assert "sync/probe_max_diff" not in SyncReport(1, 0.1, 10, "safetensors").metrics()
+
+
+def test_settings_reach_what_they_are_for(policy: Policy, serve: Serve, tmp_path: Path) -> None:
+    _, url = serve()
+    elsewhere = tmp_path / "elsewhere"
+    config = SyncConfig(kind="safetensors", deadline=5.0, folder=str(elsewhere), probe_multiple=7.0, probe_limit=0.125)
+    sync = weight_sync(policy, [url], "policy", OWNER, config, tmp_path / "run")
+    sync.push(policy, 0)
+    assert [path.name for path in elsewhere.iterdir()] == ["00000000"] and not (tmp_path / "run").exists()
+    assert (sync.gauge.multiple, sync.gauge.limit) == (7.0, 0.125)
+    transfer = weight_sync(policy, [url], "policy", OWNER, SyncConfig(kind="nccl", buffer_mb=3), tmp_path)
+    assert isinstance(transfer, NcclSync) and transfer.limit == 3 << 20
+    (body,) = transfer.joining(b"x" * 128)
+    assert body["init_info"]["packed_buffer_size_bytes"] == 3 << 20, "both sides cut alike"
 
 
 @pytest.mark.parametrize("pause", ["wait", "keep", "abort"])
