@@ -68,7 +68,7 @@ def test_a_killed_rank_is_named_with_its_step_and_operation(run: Callable[..., R
     ranks = run("die")
     begun = ranks.reach(2)
     assert ranks.wait() == [1, -signal.SIGKILL], ranks.words()
-    assert time.monotonic() - begun < TIMEOUT_S + 3.0
+    assert time.monotonic() - begun < TIMEOUT_S + 20.0
     assert "rank 1 of 2 no longer answers: last seen rank 1 in update of step 3" in ranks.said()
     assert "Traceback" not in ranks.words()
 
@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_ends_all_ranks_within_the_timeout(run: Callable[..., 
     ranks = run("hang")
     begun = ranks.reach(2)
     assert ranks.wait() == [1, 1], ranks.words()
-    assert TIMEOUT_S - 0.5 < time.monotonic() - begun < TIMEOUT_S + 3.0
+    assert TIMEOUT_S - 0.5 < time.monotonic() - begun < TIMEOUT_S + 20.0
     message = ranks.said()
     assert message.count("longreach:") == 1, message
     assert (
@@ -99,7 +99,7 @@ def test_a_users_error_on_one_rank_is_the_only_message(run: Callable[..., Run]) 
     ranks = run("user", 300.0)
     begun = ranks.reach(2)
     assert ranks.wait() == [2, 2], ranks.words()
-    assert time.monotonic() - begun < 6.0
+    assert time.monotonic() - begun < 60.0
     assert ranks.said() == "longreach: sft.upper = 3 is too small: raise it"
     assert "Traceback" not in ranks.words()
 

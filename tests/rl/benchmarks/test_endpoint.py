@@ -86,7 +86,7 @@ def test_connections_that_break_are_tried_again(server: Any, ask: Any) -> None:
         server.Raw([], reset=True), server.Raw([b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{"]), server.http(429),
     ]  # fmt: skip
     server.respond = lambda n, _body: broken[n] if n < 3 else whole
-    assert [r.text for r in ask(server__timeout=0.3)] == ["well"]
+    assert [r.text for r in ask(server__timeout=1.5)] == ["well"]
     assert len(server.bodies) == 4
 
 

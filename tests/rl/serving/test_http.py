@@ -53,11 +53,11 @@ def test_what_is_no_answer_is_an_error_with_server_path_and_reason(
 
 def test_a_deadline_covers_the_whole_of_it_a_drip_too(server: Any) -> None:
     drip = [b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n", *[b" "] * 80]
-    server.respond = lambda _n, _body: server.Raw(drip, pause=0.05)
+    server.respond = lambda _n, _body: server.Raw(drip, pause=0.25)
     start = time.monotonic()
     with pytest.raises(ServerError, match=r"no answer to POST /ask within 0\.3 s"):
         ask(server, deadline=0.3)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 15.0
 
 
 def test_nobody_there_is_said_at_once() -> None:
