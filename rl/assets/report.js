@@ -167,9 +167,9 @@ function drawTime() {
   const rows = time.stages.map((stage) => h("tr", {}, h("td", { class: "text" }, stageName(stage.stage)), [format(stage.steps), ...[stage.step, ...used.map((part) => stage[part]), stage.rules, stage.judge].map((seconds) => seconds.toFixed(2)), stage.judge > 0 ? (stage.hidden / stage.judge * 100).toFixed(0) + " %" : "–"].map((value) => h("td", {}, value))));
   const head = ["stage", "steps", "step", ...used.map((part) => PARTS[part]), "rules at work", "judge at work", "of it hidden"];
   section("time", "Time", "Where a step's seconds go", "From timeline.jsonl. Rules and judge work beside generation: what generation hides of them costs nothing, what is left is waited for. The longreach trace command writes the same for ui.perfetto.dev." + (pass ? ` Apart from steps: ${pass}.` : ""),
-    time.bars.length > 0 && h("div", { class: "two" }, h("div", { class: "card" }, timeBars(time.bars, time.parts, used, PARTS)),
+    h("div", { class: "stack" }, time.bars.length > 0 && h("div", { class: "two" }, h("div", { class: "card" }, timeBars(time.bars, time.parts, used, PARTS)),
       h("div", { class: "card" }, h("div", { class: "filters single" }, h("label", {}, "Time line of", choice)), place)),
-    h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)), rows, "Mean seconds a step")));
+    h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)), rows, "Mean seconds a step"))));
 }
 
 function drawPool(pool) {

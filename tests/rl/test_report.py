@@ -17,6 +17,7 @@ from longreach.rl.report import collect, write_report
 from longreach.rl.report_data import embed, evenly
 from longreach.rl.report_pool import histogram
 from longreach.rl.report_samples import shorten
+from longreach.rl.timeline import TRAIN_PARTS
 
 from . import browser
 from .browser import needs_browser
@@ -203,6 +204,13 @@ def test_the_script_sets_text_only() -> None:
     script = "".join((report.ASSETS / name).read_text() for name in report.SCRIPTS)
     for way_in in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
         assert way_in not in script
+
+
+def test_every_part_of_a_step_has_a_colour_of_its_own() -> None:
+    """Without one a bar is black: unseen on a dark page, and its mark in the legend is empty."""
+    style = (report.ASSETS / "report.css").read_text()
+    found = [re.search(rf"\.p-{place}\b[^{{]*{{ --c: ([^;]+);", style) for place in range(len(TRAIN_PARTS) + 1)]
+    assert len({match[1] for match in found if match}) == len(found)
 
 
 def test_the_page_needs_no_network(run: Path) -> None:
