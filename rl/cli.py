@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_compare(commands)
     demo = commands.add_parser("demo", help="train the demo recipe (CPU, minutes)", allow_abbrev=False)
-    demo.add_argument("--run-dir", type=Path)
+    demo.add_argument("--run-dir", type=Path, help="the run folder (default: runs/demo)")
     demo.set_defaults(run=_train, recipe="demo", dry_run=False, replay=None, skip_bad_rows=False, force=False)
     add_plan(commands)
     add_serve(commands)

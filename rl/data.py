@@ -271,7 +271,7 @@ def _nearest(path: Path) -> str:
         folder = folder.parent
     names = {file.name: file for file in folder.iterdir() if file.suffix in _SUFFIXES or file.is_dir()}
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3)
-    return f"; the nearest there is is {names[close[0]]}" if close else f"; {folder} holds nothing like it"
+    return f"; the nearest name there is {names[close[0]]!r}" if close else f"; {folder} holds nothing like it"
 
 
 def _refuse_constant(name: str) -> Any:

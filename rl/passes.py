@@ -144,9 +144,9 @@ def summary(folder: RunFolder, names: Sequence[str]) -> None:
 def bucket_line(bucket: Mapping[str, Any]) -> str:
     """One length bucket as the console shows it."""
     name = "above" if bucket["upper"] is None else f"<= {bucket['upper']}"
-    return f"{name}: {percent(bucket['accuracy'])} ± {percent(bucket['stderr'])} (n = {bucket['n']})"
+    return f"{name}: {percent(bucket['accuracy'])} ± {percent(bucket['stderr'])} % (n = {bucket['n']})"
 
 
 def percent(value: float | None) -> str:
-    """As the console shows shares."""
+    """As the console shows shares, in %."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -75,7 +75,8 @@ function drawAccuracy() {
     const name = choice.value ? benchmarks[Number(choice.value) - 1] : null;
     const stages = name === null ? accuracy.stages : accuracy.stages.map((stage) => ({ name: stage.name, buckets: stage.benchmarks.find((item) => item.name === name)?.buckets ?? [] }));
     const uppers = uppersOf(stages);
-    if (!uppers.length) { chart.replaceChildren("No length bucket has been measured."); numbers.replaceChildren(); return; }
+    if (!uppers.length) { chart.replaceChildren("No length bucket has been measured."); numbers.replaceChildren(); numbers.hidden = true; return; }
+    numbers.hidden = false;
     chart.replaceChildren(bucketChart(stages.filter((stage) => stage.buckets.length), uppers, name === null ? accuracy.chance : null));
     numbers.replaceChildren(bucketTable(stages, uppers, name === null));
   }
@@ -93,7 +94,7 @@ function drawBenchmarks(benchmarks) {
   const rows = benchmarks.map((name) => {
     const found = stages.map((stage) => stage.benchmarks.find((item) => item.name === name));
     const n = [...new Set(found.filter(Boolean).map((item) => item.n))];
-    return h("tr", {}, h("th", { scope: "row" }, name, h("span", { class: "pm" }, found.some((item) => item?.headline) ? "in the headline" : "reported apart")), h("td", {}, n.map(format).join(" / ")),
+    return h("tr", {}, h("th", { scope: "row", class: "name" }, name, h("span", { class: "pm" }, found.some((item) => item?.headline) ? "in the headline" : "reported apart")), h("td", {}, n.map(format).join(" / ")),
       found.map((item) => h("td", {}, item ? [measured(item.accuracy, item.stderr), Object.entries(item.pass_at).filter(([k]) => k !== "1").map(([k, value]) => h("span", { class: "pm" }, `pass@${k} ${accuracyText(value)}`))] : "–")));
   });
   section("benchmarks", "Benchmarks", "Accuracy by benchmark", "All lengths together: mean score over samples ± standard error, and unbiased pass@k.", h("div", { class: "card scroll" }, table(head, rows)));
@@ -104,7 +105,7 @@ function drawRules(benchmarks) {
   const rules = [...new Set(accuracy.stages.flatMap((stage) => benchmarks.flatMap((name) => Object.keys(measuredBy(stage, name)))))];
   if (!rules.length) return;
   const head = [h("th", { scope: "col" }, "benchmark"), h("th", { scope: "col", class: "text" }, "stage"), ...rules.map((rule) => h("th", { scope: "col" }, rule))];
-  const rows = benchmarks.flatMap((name) => accuracy.stages.filter((stage) => Object.keys(measuredBy(stage, name)).length).map((stage) => h("tr", {}, h("th", { scope: "row" }, name), h("td", { class: "text" }, stageName(stage.name)),
+  const rows = benchmarks.flatMap((name) => accuracy.stages.filter((stage) => Object.keys(measuredBy(stage, name)).length).map((stage) => h("tr", {}, h("th", { scope: "row", class: "name" }, name), h("td", { class: "text" }, stageName(stage.name)),
     rules.map((rule) => { const made = measuredBy(stage, name)[rule]; return h("td", {}, made ? measured(made.accuracy, made.stderr) : "–"); }))));
   section("rules", "Rules", "Strict and published rules side by side", "The same completions under each rule, mean ± standard error, without a judge. qwenlong-l1 is the released training reward (0 without a closed reasoning), qwenlong-l1-eval the released evaluation; longbench is F1, longbench-em equality. Where a published rule is far above the strict one, look at the completions.",
     h("div", { class: "card scroll" }, table(head, rows)));
@@ -166,15 +167,15 @@ function drawTime() {
   const rows = time.stages.map((stage) => h("tr", {}, h("td", { class: "text" }, stageName(stage.stage)), [format(stage.steps), ...[stage.step, ...used.map((part) => stage[part]), stage.rules, stage.judge].map((seconds) => seconds.toFixed(2)), stage.judge > 0 ? (stage.hidden / stage.judge * 100).toFixed(0) + " %" : "–"].map((value) => h("td", {}, value))));
   const head = ["stage", "steps", "step", ...used.map((part) => PARTS[part]), "rules at work", "judge at work", "of it hidden"];
   section("time", "Time", "Where a step's seconds go", "From timeline.jsonl. Rules and judge work beside generation: what generation hides of them costs nothing, what is left is waited for. The longreach trace command writes the same for ui.perfetto.dev." + (pass ? ` Apart from steps: ${pass}.` : ""),
-    time.bars.length > 0 && h("div", { class: "two" }, h("div", { class: "card" }, timeBars(time.bars, time.parts, used, PARTS)),
+    h("div", { class: "stack" }, time.bars.length > 0 && h("div", { class: "two" }, h("div", { class: "card" }, timeBars(time.bars, time.parts, used, PARTS)),
       h("div", { class: "card" }, h("div", { class: "filters single" }, h("label", {}, "Time line of", choice)), place)),
-    h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)), rows, "Mean seconds a step")));
+    h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: at ? null : "text" }, title)), rows, "Mean seconds a step"))));
 }
 
 function drawPool(pool) {
   const reasons = pool.reasons.map((item) => h("tr", {}, h("td", {}, item.selected ? "selected" : "left"), h("td", { class: "why" }, item.why), h("td", {}, format(item.n))));
   const columns = ["prompt", "benchmark", "tokens", "mean reward", "difficulty", "samples", "selected", "why"];
-  const rows = pool.rows.map((row) => h("tr", {}, h("td", {}, row.prompt_id), h("td", { class: "text" }, row.benchmark), h("td", {}, format(row.prompt_length)), h("td", {}, format(row.mean_reward)),
+  const rows = pool.rows.map((row) => h("tr", {}, h("td", { class: "name" }, row.prompt_id), h("td", { class: "text name" }, row.benchmark), h("td", {}, format(row.prompt_length)), h("td", {}, format(row.mean_reward)),
     h("td", {}, format(row.difficulty)), h("td", {}, format(row.samples)), h("td", {}, row.selected ? "yes" : "no"), h("td", { class: "why" }, row.why)));
   const shown = pool.rows.length < pool.total ? `${format(pool.rows.length)} of ${format(pool.total)} prompts, selected and hardest first` : "All prompts, selected and hardest first";
   return h("div", { class: "stack" }, h("div", { class: "head" }, h("h3", {}, "After ", pool.stage), h("span", { class: "soft small" }, `${format(pool.total)} prompts, ${format(pool.scored)} with a verdict, ${format(pool.selected)} selected`)),
@@ -186,7 +187,7 @@ function drawPool(pool) {
 function drawAgreement() {
   const share = (part, whole) => (whole ? accuracyText(part / whole) : "–");
   const heads = [["stage", "text"], ["from", "text"], ["benchmark", "text"], ["both yes"], ["rule yes, judge no"], ["of the rule's yes"], ["rule no, judge yes"], ["of the rule's no"], ["both no"]];
-  const rows = agreement.map((row) => h("tr", {}, h("td", { class: "text" }, stageName(row.stage)), h("td", { class: "text" }, row.kind), h("td", { class: "text" }, row.benchmark),
+  const rows = agreement.map((row) => h("tr", {}, h("td", { class: "text" }, stageName(row.stage)), h("td", { class: "text" }, row.kind), h("td", { class: "text name" }, row.benchmark),
     [format(row.both), format(row.rule_only), share(row.rule_only, row.both + row.rule_only), format(row.judge_only), share(row.judge_only, row.judge_only + row.neither), format(row.neither)].map((text) => h("td", {}, text))));
   section("agreement", "Agreement", "Rule and judge", "Completions that both have scored. “Rule yes, judge no” that grows over the stages is the mark of a gamed rule, “rule no, judge yes” of a rule too strict or of a judge that is talked into it. The judge sees only a share of what the rule accepts (reward.judge.audit), so compare shares, not counts; the completions in question are found below by their reasons “disputed” and “judged_correct”.",
     h("div", { class: "card scroll" }, table(heads.map(([text, kind]) => h("th", { scope: "col", class: kind ?? null }, text)), rows)));
@@ -215,7 +216,7 @@ function drawBehaviours() {
     pairs.map((pair) => h("tr", {}, h("td", { class: "text" }, names[pair.behaviour]), [format(pair.n), share(pair.lexical), share(pair.judge), share(pair.spearman), share(pair.equal), format(pair.steps), share(pair.spearman_steps)].map((value) => h("td", {}, value)))),
     `Both counters over the same responses (Spearman, ties at their mean rank). Judge ${behaviours.judge.name}: ${format(sum("failed"))} response(s) without a count, ${format(sum("invented"))} of ${format(sum("listed"))} listed instance(s) not found in the response and left out`));
   section("behaviours", "Behaviours", "Behaviours in the reasoning", `Average count per response of grounding, subgoal setting, backtracking and verification (as in QwenLong-L1's figure 7), in at most ${format(behaviours.samples)} responses a step, ± one standard error clustered by question. ` + (behaviours.judge ? "" : "Counted by words alone: give longreach behaviours a judge to set beside them. ") + "A longer response has room for more of everything, so look at the length too.",
-    h("div", { class: "grid" }, cards), h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: [0, 1, 4].includes(at) ? "text" : null }, title)), rows)), compared);
+    h("div", { class: "stack" }, h("div", { class: "grid" }, cards), h("div", { class: "card scroll" }, table(head.map((title, at) => h("th", { scope: "col", class: [0, 1, 4].includes(at) ? "text" : null }, title)), rows)), compared));
 }
 
 function rewardKind(value) {
@@ -252,7 +253,7 @@ function drawCompletions() {
   const kind = pick("From", list(kinds), kinds[0]), stage = pick("Stage", list(distinct((row) => row.stage))), step = pick("Step", list(distinct((row) => row.step).sort((a, b) => b - a)));
   const benchmark = pick("Benchmark", list(distinct((row) => row.benchmark)));
   const reward = pick("Reward", [["", "all"], ["good", "1 or more"], ["mid", "between 0 and 1"], ["bad", "0 or less"], ["none", "no verdict"]]);
-  const search = h("input", { type: "search", placeholder: "text, prompt id, reason", on: { input: () => redraw() } });
+  const search = h("input", { type: "search", placeholder: "text, id, reason", on: { input: () => redraw() } });
   const rows = h("div", { class: "rows" }), told = h("p", { class: "soft small", role: "status" }), more = h("button", { class: "more", on: { click: () => page() } }, "Show more");
   let found = [], drawn = 0;
   function page() {
@@ -283,7 +284,7 @@ drawTop();
 drawAccuracy();
 drawCurves();
 if (time !== null) drawTime();
-if (pools.length) section("pool", "Pool", "Retrospective pool", "Difficulty of each prompt after a phase (1 / mean reward), and the hard ones carried into the next phase.", h("div", { class: "stack" }, pools.map(drawPool)));
+if (pools.length) section("pool", "Pool", "Retrospective pool", "Difficulty of each prompt after a phase (1 / mean reward; a mean below half a success counts as that half), and the hard ones carried into the next phase.", h("div", { class: "stack" }, pools.map(drawPool)));
 if (agreement.length) drawAgreement();
 if (behaviours !== null) drawBehaviours();
 drawCompletions();

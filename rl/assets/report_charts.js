@@ -2,7 +2,7 @@
 // Small drawing tools. Text is only ever set as text (never as markup), so nothing in the data can become a tag.
 
 const SVG = document.getElementById("svg").namespaceURI;
-const STAGES = ["base", "sft", "phase1", "phase2", "phase3"];
+const STAGES = ["base", "sft", "phase1", "phase2", "phase3", "phase4", "phase5", "phase6"];
 const stageClass = (name) => "c-" + (STAGES.includes(name.split("-")[0]) ? name.split("-")[0] : "other");
 
 function fill(node, attributes, children) {
@@ -27,6 +27,15 @@ function format(value) {
 }
 const accuracyText = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
 const tokensText = (upper, lower) => (upper === null ? "> " + format(lower) : format(lower + 1) + "–" + format(upper));
+
+function slotLabels(uppers, slot) {
+  // Ranges where they fit side by side at 8 units a letter, else upper bounds; where those don't fit either, on two lines by turns.
+  const fits = (labels) => labels.every((label) => label.length * 8 < slot);
+  const ranges = uppers.map((upper, at) => tokensText(upper, at ? uppers[at - 1] : 0));
+  const bounds = uppers.map((upper, at) => (upper === null ? "> " + format(uppers[at - 1] ?? 0) : "≤ " + format(upper)));
+  const labels = fits(ranges) ? ranges : bounds, turns = !fits(labels);
+  return labels.map((label, at) => ({ label, line: turns ? at % 2 : 0, turns }));
+}
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
@@ -97,7 +106,7 @@ function lineChart(metrics, title, series, options = {}) {
   const xs = steps.map(x);
   const smooth = steps.length >= 40 ? Math.max(3, Math.round(steps.length / 40)) : 0;
   columns.forEach((column, index) => {
-    const color = "c-s" + (1 + (index % 4));
+    const color = "c-s" + (1 + (index % 7));
     const draw = (data, extra) => svg.append(s("path", { class: `curve ${color} ${extra}`, d: linePath(xs, data.map((value) => (value === null ? null : y(value)))) }));
     draw(column, smooth ? "raw" : "");
     if (smooth) draw(runningMean(column, stages, smooth), "");
@@ -107,10 +116,10 @@ function lineChart(metrics, title, series, options = {}) {
     });
   });
   const line = s("line", { class: "cursor", y1: T, y2: H - B, visibility: "hidden" });
-  const marks = series.map((_, index) => s("circle", { class: "mark c-s" + (1 + (index % 4)), r: 3.6, visibility: "hidden" }));
+  const marks = series.map((_, index) => s("circle", { class: "mark c-s" + (1 + (index % 7)), r: 3.6, visibility: "hidden" }));
   svg.append(line, ...marks);
   const where = h("span"), cells = series.map(() => h("b"));
-  const legend = h("div", { class: "legend", "aria-live": "off" }, series.map(({ label }, index) => h("span", {}, h("i", { class: "dot c-s" + (1 + (index % 4)) }), label, cells[index])), where);
+  const legend = h("div", { class: "legend", "aria-live": "off" }, series.map(({ label }, index) => h("span", {}, h("i", { class: "dot c-s" + (1 + (index % 7)) }), label, cells[index])), where);
   function show(step) {
     // null: back to the last value of each series
     const at = step === null ? -1 : steps.reduce((best, value, k) => (Math.abs(value - step) < Math.abs(steps[best] - step) ? k : best), 0);
@@ -149,14 +158,15 @@ function lineChart(metrics, title, series, options = {}) {
 }
 
 function bucketChart(stages, uppers, chance) {
-  const W = 460, H = 330, L = 34, R = 6, T = 10, B = 42;
-  const slot = (W - L - R) / uppers.length, y = (value) => T + (1 - value) * (H - T - B);
+  const W = 460, L = 34, R = 6, T = 10, slot = (W - L - R) / uppers.length;
+  const labels = slotLabels(uppers, slot), B = labels.some(({ turns }) => turns) ? 58 : 42, H = 288 + B;
+  const y = (value) => T + (1 - value) * (H - T - B);
   const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "accuracy by prompt length for each stage; the same numbers stand in the table" });
   for (const tick of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
     svg.append(s("line", { class: "gridline", x1: L, x2: W - R, y1: y(tick), y2: y(tick) }));
     svg.append(s("text", { x: L - 6, y: y(tick) + 4, "text-anchor": "end" }, tick.toFixed(1)));
   }
-  uppers.forEach((upper, at) => svg.append(s("text", { x: L + slot * (at + 0.5), y: H - 22, "text-anchor": "middle" }, tokensText(upper, at ? uppers[at - 1] : 0))));
+  labels.forEach(({ label, line }, at) => svg.append(s("text", { x: L + slot * (at + 0.5), y: H - B + 20 + 16 * line, "text-anchor": "middle" }, label)));
   svg.append(s("text", { x: L + (W - L - R) / 2, y: H - 4, "text-anchor": "middle" }, "prompt length in tokens"));
   if (chance !== null) svg.append(s("line", { class: "chance", x1: L, x2: W - R, y1: y(chance), y2: y(chance) }));
   stages.forEach((stage, index) => {

@@ -57,7 +57,7 @@ def behaviours_figure(made: Mapping[str, Any], path: Path) -> Path:
     for right in scores[1::2]:
         right.set_ylabel("mean score", fontsize=11, color=INK)
     for below in panels[2:]:
-        below.set_xlabel("training step", fontsize=11, color=INK)
+        below.set_xlabel("training step  (bands, whiskers: ± 1 standard error)", fontsize=11, color=INK)
     found = {
         label: handle
         for axes in (panels[0], scores[0])

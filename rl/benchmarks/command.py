@@ -194,8 +194,10 @@ def _eval_recipe(given: argparse.Namespace, overrides: Sequence[tuple[str, str]]
             seed=recipe.run.seed, name="eval", on_batch=advance,
         )  # fmt: skip
     for row in summary["benchmarks"]:
-        passes = ", ".join(f"pass@{k} {percent(value)}" for k, value in row["pass_at"].items())
-        console.say(f"{row['name']}: {percent(row['accuracy'])} ± {percent(row['stderr'])} (n = {row['n']}), {passes}")
+        passes = ", ".join(f"pass@{k} {percent(value)} %" for k, value in row["pass_at"].items())
+        console.say(
+            f"{row['name']}: {percent(row['accuracy'])} ± {percent(row['stderr'])} % (n = {row['n']}), {passes}"
+        )
     for row in summary["buckets"]:
         console.say(bucket_line(row))
 

@@ -38,17 +38,19 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`differences` are B - A, by benchmark (and `average`) and measure."""
+    """`differences` are B - A, by benchmark (and `average`) and measure; `scores` what A and B have there."""
 
     names: tuple[str, str]
     notes: tuple[str, ...]
     differences: Mapping[str, Mapping[str, Difference]]
     flips: tuple[Flip, ...]
+    scores: Mapping[str, tuple[float | None, float | None]]
 
     def dump(self) -> dict[str, Any]:
         return {
             "a": self.names[0], "b": self.names[1], "notes": list(self.notes),
             "differences": {name: {m: d.dump() for m, d in row.items()} for name, row in self.differences.items()},
+            "scores": {name: list(pair) for name, pair in self.scores.items()},
             "flips": [dict(vars(flip)) for flip in self.flips],
         }  # fmt: skip
 
@@ -83,7 +85,14 @@ def compare(a: Results, b: Results, folders: tuple[str, str] = ("A", "B")) -> Co
         }
     flips = [flip for mine in pairs.values() for pair in mine for flip in _flip(*pair)]
     names = (a["conditions"]["model"]["name"], b["conditions"]["model"]["name"])
-    return Comparison(names, tuple(_notes(a, b)), made, tuple(flips))
+    left, right = (_scores_of(results) for results in (a, b))
+    scores = {name: (left.get(name), right.get(name)) for name in made}
+    return Comparison(names, tuple(_notes(a, b)), made, tuple(flips), scores)
+
+
+def _scores_of(results: Results) -> dict[str, float | None]:
+    found = {benchmark["name"]: benchmark["score"]["mean"] for benchmark in results["benchmarks"]}
+    return {**found, **({"average": results["average"]["score"]["mean"]} if results["average"] else {})}
 
 
 def _refuse_unlike(a: Results, b: Results, folders: tuple[str, str]) -> None:
@@ -116,8 +125,8 @@ def _notes(a: Results, b: Results) -> list[str]:
         notes.append(f"Sampling beyond temperature and top_p was {left} for A and {right} for B.")
     for name, results in zip("AB", (a, b), strict=True):
         counts = results["counts"]
-        notes += [f"{name}: {counts[what]} {text}." for what, text in (
-            ("failed_requests", "requests failed and count as wrong"), ("judge_failures", "answers have no verdict of the judge"),
+        notes += [f"{name}: {text}: {counts[what]:,}." for what, text in (
+            ("failed_requests", "failed requests, which count as wrong"), ("judge_failures", "answers without a verdict of the judge"),
         ) if counts[what]]  # fmt: skip
     return notes
 
@@ -153,13 +162,24 @@ def _answers(question: Results) -> tuple[str, ...]:
 def comparison_tables(made: Comparison) -> list[Table]:
     """The differences, then what was gained and lost."""
     rows = tuple(
-        (name, *(cell for m in MEASURES for cell in (_points(row[m]), _p(row[m]))), *_flip_counts(made, name))
+        (
+            name,
+            str(row["score"].n),
+            *map(_percent, made.scores[name]),
+            *(cell for m in MEASURES for cell in (_points(row[m]), _p(row[m]))),
+            *_flip_counts(made, name),
+        )
         for name, row in made.differences.items()
     )
-    head = ("benchmark", *(text for m in MEASURES for text in (m, "p")), "gained", "lost")
-    lead = "Points of B over A with the 95 % interval of the paired bootstrap over questions, and its two-sided p."
+    measured = [text for m in MEASURES for text in (f"{m}: B less A", "p")]
+    head = ("benchmark", "questions", "A's score", "B's score", *measured, "gained", "lost")
+    lead = (
+        "Scores in %, differences in points of B over A with the 95 % interval of the paired bootstrap over questions, and its "
+        "two-sided p. Gained and lost: questions that flipped, listed below."
+    )
     strong = frozenset({len(rows) - 1}) if "average" in made.differences else frozenset()
     tables = [Table("B less A", lead, head, rows, strong)]
+    listing = ("benchmark", "id", "question", "gold", "A", "B")
     for gained, title in ((True, "Gained: wrong in A, right in B"), (False, "Lost: right in A, wrong in B")):
         flips = [flip for flip in made.flips if flip.gained == gained]
         listed = tuple(
@@ -167,9 +187,8 @@ def comparison_tables(made: Comparison) -> list[Table]:
             for f in flips
         )
         if listed:
-            tables.append(
-                Table(f"{title} ({len(listed)})", "", ("benchmark", "id", "question", "gold", "A", "B"), listed)
-            )
+            answers = "Answers as they were read, one a sample."
+            tables.append(Table(f"{title} ({len(listed)})", answers, listing, listed, words=frozenset(listing[1:])))
     return tables
 
 
@@ -187,6 +206,10 @@ def _flip_counts(made: Comparison, name: str) -> tuple[str, str]:
     ]
     gained = sum(flip.gained for flip in mine)
     return str(gained), str(len(mine) - gained)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _points(made: Difference) -> str:

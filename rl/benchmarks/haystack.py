@@ -176,7 +176,7 @@ class Fitter:
         frame = self._tokens(build([]))
         if frame > length:
             raise ValueError(
-                f"{build([]).id}: takes {frame} tokens without any text around it, more than the {length} asked for"
+                f"{build([]).id}: takes {frame} tokens without any text around it, more than the {length} asked for: ask for a longer test"
             )
         filler: list[str] = []
         self._add(filler, supply, int((length - frame) / (1 + self._drift)))

@@ -80,7 +80,9 @@ def find_benchmark(name: str) -> Benchmark:
     if name.startswith("needle"):
         test = needle_test(name)
         return Benchmark(name, test.title, "made here", judged=False, questions=None)
-    raise ValueError(f"benchmark {name!r} is unknown; {nearest(name, BENCHMARKS)}")
+    raise ValueError(
+        f"benchmark {name!r} is unknown; {nearest(name, BENCHMARKS)}, or a needle test such as needles-32k"
+    )
 
 
 def benchmark_names(text: str) -> tuple[str, ...]:

@@ -24,20 +24,21 @@ STYLE = Path(__file__).parents[1] / "assets" / "report.css"
 SHOWN = 200
 """Failures that the page lists; all are in results.json."""
 
-STRONG = ' class="strong"'
+STRONG, TEXT = ' class="strong"', ' class="text"'
 
 Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table: `lead` says how to read it, `strong` are the rows to be found first."""
+    """A titled table: `lead` says how to read it, `strong` are the rows to be found first, `words` the columns of text."""
 
     title: str
     lead: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     strong: frozenset[int] = frozenset()
+    words: frozenset[str] = frozenset()
 
 
 def write_reports(root: Path, results: Results) -> None:
@@ -64,13 +65,13 @@ def notes_of(results: Results) -> list[str]:
             "Sampling beyond temperature and top_p (top_k, min_p, penalties) was left to the server's own defaults."
         )
     for name, text in (
-        ("failed_requests", "requests failed; they count as wrong and are listed"),
-        ("judge_failures", "answers have no verdict of the judge; their score is the rule's"),
-        ("prompts_cut", f"prompts were longer than {conditions['asked']['max_input']:,} tokens and lost their middle"),
-        ("answers_cut", f"answers were cut off at {conditions['asked']['max_output']:,} tokens"),
+        ("failed_requests", "Failed requests, which count as wrong and are listed"),
+        ("judge_failures", "Answers without a verdict of the judge, whose score is the rule's"),
+        ("prompts_cut", f"Prompts longer than {conditions['asked']['max_input']:,} tokens, which lost their middle"),
+        ("answers_cut", f"Answers cut off at {conditions['asked']['max_output']:,} tokens"),
     ):
         if counts[name]:
-            notes.append(f"{counts[name]:,} {text}.")
+            notes.append(f"{text}: {counts[name]:,}.")
     for name, count in results["made"]["bad_rows"].items():
         notes.append(f"{name}: {count} rows could not be read and were left out.")
     return notes
@@ -86,6 +87,7 @@ def tables(results: Results) -> list[Table]:
         _counts(results),
         _failures(results),
         _unjudged(results),
+        _conditions(results),
     ]
     return [table for table in made if table is not None]
 
@@ -137,7 +139,9 @@ def _passes(results: Results) -> Table | None:
         *([{"name": "average of the seven", **results["average"]}] if results["average"] else []),
     ]
     rows = tuple((b["name"], *(percent(b["pass_at"][k]) for k in ks)) for b in parts)
-    return Table("pass@k (%)", "Unbiased, on the score.", ("benchmark", *(f"pass@{k}" for k in ks)), rows)
+    strong = frozenset({len(rows) - 1}) if results["average"] else frozenset()
+    lead = "The chance that at least one of k answers is right, by its unbiased estimate on the score."
+    return Table("pass@k (%)", lead, ("benchmark", *(f"pass@{k}" for k in ks)), rows, strong)
 
 
 def _published(results: Results) -> Table | None:
@@ -168,7 +172,7 @@ def _differences(results: Results) -> Table | None:
 def _rules(results: Results) -> Table | None:
     rules = results["conditions"]["scored"]["rules"]
     rows = tuple((b["name"], *(percent(b["rules"][rule]) for rule in rules)) for b in results["benchmarks"])
-    lead = "The same responses under each rule, without the judge. Only the first scores what an answer means; the published ones are for comparison."
+    lead = "The same responses under each rule, without the judge. Only the first scores what an answer means; the published ones are for comparison: qwenlong-l1 is the training reward, which gives 0 without closed reasoning; longbench is F1, longbench-em equality."
     return Table("Rules side by side (%)", lead, ("benchmark", *rules), rows) if rules else None
 
 
@@ -186,7 +190,13 @@ def _needles(results: Results) -> Table | None:
     )
     lead = "The score wants every value and nothing else; RULER's own is the share of the values that the answer names."
     return (
-        Table("Needle tests (%)", lead, ("benchmark", "by", "", "questions", "score", "RULER's"), rows)
+        Table(
+            "Needle tests (%)",
+            lead,
+            ("benchmark", "by", "which", "questions", "score", "RULER's"),
+            rows,
+            words=frozenset({"by", "which"}),
+        )
         if rows
         else None
     )
@@ -194,8 +204,11 @@ def _needles(results: Results) -> Table | None:
 
 def _buckets(results: Results) -> Table:
     every = [{"name": "all", "buckets": results["buckets"]}, *results["benchmarks"]]
-    uppers = list(dict.fromkeys(bucket["upper"] for part in every for bucket in part["buckets"]))
-    uppers.sort(key=lambda upper: (upper is None, upper))
+    bounds = list(dict.fromkeys(bucket["upper"] for part in every for bucket in part["buckets"]))
+    bounds.sort(key=lambda upper: (upper is None, upper))
+    labels = dict(zip(bounds, bucket_labels(bounds), strict=True))
+    held = {bucket["upper"] for part in every for bucket in part["buckets"] if bucket["n"]}
+    uppers = [upper for upper in bounds if upper in held]
     rows = []
     for part in every:
         found = {bucket["upper"]: bucket for bucket in part["buckets"]}
@@ -203,8 +216,8 @@ def _buckets(results: Results) -> Table:
         rows.append((part["name"], *cells))
     return Table(
         "By length (score, %)",
-        "Tokens of the prompt before any cut.",
-        ("benchmark", *bucket_labels(uppers)),
+        "Tokens of the prompt before any cut; n: questions of that length. Lengths without a question are left out.",
+        ("benchmark", *(labels[upper] for upper in uppers)),
         tuple(rows),
     )
 
@@ -228,16 +241,45 @@ def _failures(results: Results) -> Table | None:
     found = results["failures"]
     rows = tuple((f["benchmark"], f["id"], str(f["sample"]), f["why"]) for f in found[:SHOWN])
     lead = f"{len(rows)} of {len(found)}. Each counts as wrong."
-    return Table("Failed requests", lead, ("benchmark", "question", "sample", "why"), rows) if rows else None
+    head = ("benchmark", "question", "sample", "why")
+    return Table("Failed requests", lead, head, rows, words=frozenset({"question", "why"})) if rows else None
 
 
 def _unjudged(results: Results) -> Table | None:
     found = results["judge_failures"]
     rows = tuple((f["benchmark"], f["id"], str(f["sample"]), f["answer"] or "") for f in found[:SHOWN])
     lead = f"{len(rows)} of {len(found)}. Their score is the rule's."
+    head = ("benchmark", "question", "sample", "answer")
     return (
-        Table("Answers without a verdict", lead, ("benchmark", "question", "sample", "answer"), rows) if rows else None
+        Table("Answers without a verdict", lead, head, rows, words=frozenset({"question", "answer"})) if rows else None
     )
+
+
+def _conditions(results: Results) -> Table:
+    """What was asked of which model, and how it was scored; conditions.json holds all of it."""
+    asked, scored, made = results["conditions"]["asked"], results["conditions"]["scored"], results["made"]
+    judge = scored["judge"]
+    rows = (
+        ("model", results["conditions"]["model"]["name"]),
+        ("tokenizer", made["tokenizer"]),
+        ("run", "here" if results["conditions"]["model"]["kind"] == "directory" else "by a server"),
+        ("questions from", "; ".join(f"{name}: {source}" for name, source in made["sources"].items())),
+        ("longest prompt", f"{asked['max_input']:,} tokens; of longer ones: {asked['truncation']}"),
+        ("longest answer", f"{asked['max_output']:,} tokens"),
+        ("samples a question", str(asked["samples"])),
+        (
+            "sampling",
+            f"temperature {asked['temperature']:g}, top_p {asked['top_p']:g}, top_k {asked['top_k'] or 'off'}",
+        ),
+        ("seed", str(asked["seed"])),
+        ("rule", scored["rule"]),
+        ("judge", "none" if judge is None else f"{judge['model']} (prompt {judge['prompt_version']})"),
+        ("intervals", f"{scored['resamples']:,} resamples"),
+    )
+    lead = (
+        "All of them, with the prompt's template and the fingerprints of questions and weights, are in conditions.json."
+    )
+    return Table("Conditions", lead, ("condition", "value"), rows, words=frozenset({"value"}))
 
 
 def markdown(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
@@ -285,12 +327,13 @@ def page(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
 
 
 def _section(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in table.head)
+    head = "".join(f'<th scope="col"{TEXT if name in table.words else ""}>{_escaped(name)}</th>' for name in table.head)
     rows = []
+    kinds = [' class="words"' if name in table.words else "" for name in table.head]
     for index, row in enumerate(table.rows):
         first, *rest = row
-        cells = f'<th scope="row" class="text wrap">{_escaped(first)}</th>' + "".join(
-            f"<td>{_cell(c)}</td>" for c in rest
+        cells = f'<th scope="row" class="name">{_escaped(first)}</th>' + "".join(
+            f"<td{kind}>{_cell(cell)}</td>" for kind, cell in zip(kinds[1:], rest, strict=True)
         )
         rows.append(f"<tr{STRONG if index in table.strong else ''}>{cells}</tr>")
     lead = f'<p class="lead">{_escaped(table.lead)}</p>' if table.lead else ""
@@ -302,7 +345,7 @@ def _section(table: Table) -> str:
 
 def _cell(text: str) -> str:
     """The interval stands smaller, below its number."""
-    found = re.fullmatch(r"([0-9.]+) (\[[0-9., -]+\])( n=\d+)?", text)
+    found = re.fullmatch(r"([-+]?[0-9.]+) (\[[-+0-9., ]+\])( n=\d+)?", text)
     if not found:
         return _escaped(text)
     return f'{found[1]}<span class="pm">{found[2]}{found[3] or ""}</span>'

@@ -127,6 +127,10 @@ class EvaluationConfig:
     local: LocalConfig = field(default_factory=LocalConfig)
 
     def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise ValueError(
+                "model is empty: give a model's directory, or a server's URL such as http://127.0.0.1:8000/v1"
+            )
         for scoring in (self.scoring, *self.rules):
             check_scoring(scoring)
         for name in ("samples", "max_input", "max_output"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,9 @@ from longreach.rl.prompts import Prompt
 from longreach.rl.report import collect, write_report
 from longreach.rl.rollouts import RolloutGroup
 from longreach.rl.step_metrics import rollout_metrics
+
+from . import browser
+from .browser import needs_browser
 
 SCORED = [
     ("hotpot", {"rule": 1.0, "judge": 1.0}),
@@ -123,11 +124,8 @@ def test_a_run_without_a_judge_has_no_such_section(tmp_path: Path) -> None:
     assert not any("denied" in note for note in data["notes"])
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@needs_browser
 def test_the_table_is_drawn(run: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", str(write_report(run))],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert "rule yes, judge no" in done.stdout
-    assert "0.833" in done.stdout, "5 of the 6 that the rule accepted"
+    made = browser.dom(write_report(run), tmp_path / "profile")
+    assert "rule yes, judge no" in made
+    assert "0.833" in made, "5 of the 6 that the rule accepted"

@@ -125,5 +125,5 @@ def test_a_summary_of_nothing_draws_no_picture(tmp_path: Path) -> None:
 
 def test_a_bucket_in_words() -> None:
     bucket = {"upper": 512, "accuracy": 0.1234, "stderr": None, "n": 7}
-    assert passes.bucket_line(bucket) == "<= 512: 12.3 ± - (n = 7)"
-    assert passes.bucket_line({**bucket, "upper": None}) == "above: 12.3 ± - (n = 7)"
+    assert passes.bucket_line(bucket) == "<= 512: 12.3 ± - % (n = 7)"
+    assert passes.bucket_line({**bucket, "upper": None}) == "above: 12.3 ± - % (n = 7)"

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,10 @@ from longreach.rl.report import collect, write_report
 from longreach.rl.report_data import embed, evenly
 from longreach.rl.report_pool import histogram
 from longreach.rl.report_samples import shorten
+from longreach.rl.timeline import TRAIN_PARTS
+
+from . import browser
+from .browser import needs_browser
 
 EVIL = "</script><script>document.title='owned'</script><!--<script><img src=x onerror=alert(1)>\u2028\ud800{{STYLE}}"
 ACCURACY = {"base": 0.0625, "sft": 0.3125, "phase1": 0.5, "phase2": 0.71875}
@@ -203,6 +206,13 @@ def test_the_script_sets_text_only() -> None:
         assert way_in not in script
 
 
+def test_every_part_of_a_step_has_a_colour_of_its_own() -> None:
+    """Without one a bar is black: unseen on a dark page, and its mark in the legend is empty."""
+    style = (report.ASSETS / "report.css").read_text()
+    found = [re.search(rf"\.p-{place}\b[^{{]*{{ --c: ([^;]+);", style) for place in range(len(TRAIN_PARTS) + 1)]
+    assert len({match[1] for match in found if match}) == len(found)
+
+
 def test_the_page_needs_no_network(run: Path) -> None:
     page = Page(write_report(run))
     assert not re.search(r"https?://|//[a-z]+\.[a-z]|@import|url\(|fetch\(|XMLHttpRequest|WebSocket", page.text)
@@ -363,17 +373,11 @@ def test_pool_histogram_counts_every_scored_prompt_once() -> None:
     assert (wide["edges"][0], wide["edges"][-1], wide["left"]) == (-0.5, 1.0, [1] + [0] * 8 + [1])
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@needs_browser
 def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:
-    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, write_report(run).as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
-    dom = done.stdout
-    assert "<title>tiny &lt;b&gt; · tiny · Longreach run</title>" in dom
-    shown = re.sub(r"<[^>]+>", " ", dom[dom.index("<main") : dom.index("</main>")])
+    made = browser.dom(write_report(run), tmp_path / "profile")
+    assert "<title>tiny &lt;b&gt; · tiny · Longreach run</title>" in made
+    shown = browser.text(made)
     for title in (
         "Strict and published rules side by side",
         "Accuracy by prompt length",
@@ -385,4 +389,27 @@ def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:
         assert title in shown
     for value in ("0.719", "0.720", "± 0.031", "+0.250", "+0.500", "24 of 24 training completions"):
         assert value in shown
-    assert dom.count("<img") == 0
+    assert made.count("<img") == 0
+
+
+@needs_browser
+def test_long_names_widen_no_page_and_many_lengths_share_an_axis(run: Path, tmp_path: Path) -> None:
+    """A prompt's id as long as a path, a benchmark named by a stranger, and the eight lengths and six phases of a long run."""
+    uppers = [1024 * 2**power for power in range(7)]
+    for number in range(1, 7):
+        buckets = [{"upper": upper, "accuracy": 0.5, "stderr": 0.1, "n": 9} for upper in (*uppers, None)]
+        benchmark = {"name": "a/" * 90, "headline": True, "accuracy": 0.5, "stderr": 0.1, "n": 9, "buckets": buckets}
+        whole = {"stage": f"phase{number}", "step": number, "k": 1, "buckets": buckets, "benchmarks": [benchmark]}
+        (run / "evals" / f"phase{number}.json").write_text(json.dumps(whole))
+    for path in (run / "summary.json", run / "evals" / "base.json", run / "evals" / "sft.json"):
+        path.unlink()
+    row = rollout("phase2", 9, 0, 0, "x" * 900) | {"prompt_id": "u" * 300, "benchmark": "a/" * 90 + EVIL}
+    write_lines(run / "rollouts" / "phase2" / "000009.jsonl", [row])
+    page = write_report(run)
+    assert all(found <= width for width, found in browser.content_widths(page, tmp_path, 390, 1280).items())
+    made = browser.dom(page, tmp_path / "profile")
+    labels = re.findall(r'<text x="[0-9.]+" y="([0-9]+)" text-anchor="middle">((?:≤|&gt;) [0-9,]+)</text>', made)
+    assert [label for _, label in labels] == [*(f"≤ {upper:,}" for upper in uppers), "&gt; 65,536"]
+    assert len({y for y, _ in labels}) == 2, "on two lines by turns"
+    stages = {f"c-phase{number}" for number in range(1, 7)}
+    assert all(f'class="dot {name}"' in made for name in stages)

@@ -20,8 +20,10 @@ from longreach.rl.behaviours.lexical import count, normal
 from longreach.rl.behaviours.lexicon import BEHAVIOURS
 from longreach.rl.console import Console
 from longreach.rl.judge import JudgeConfig, JudgeFailing
-from longreach.rl.report import collect
+from longreach.rl.report import collect, write_report
 
+from .. import browser
+from ..browser import needs_browser
 from .conftest import build_run, reasoning
 
 QUIET = Console(quiet=True)
@@ -224,6 +226,19 @@ def test_the_command(run: Path, server: Any, longreach: Callable[..., Result]) -
     data = collect(run)
     assert data["behaviours"] == found and data["notes"] == ["metrics.jsonl is missing: no step has been logged yet."]
     assert '"behaviours":{' in (run / "report.html").read_text()
+
+
+@needs_browser
+def test_a_browser_draws_both_counters(run: Path, server: Any, tmp_path: Path) -> None:
+    server.respond = judging(server)
+    made(run, config(server))
+    page = write_report(run)
+    html = browser.dom(page, tmp_path / "profile")
+    shown = browser.text(html)
+    for words in ("Subgoal setting", "instances per response", "by the judge", "Both counters over the same responses"):
+        assert words in shown
+    assert html.count(">by the judge<b>") == 4, "a curve each"
+    assert all(found <= width for width, found in browser.content_widths(page, tmp_path, 390, 1280).items())
 
 
 @pytest.mark.parametrize(

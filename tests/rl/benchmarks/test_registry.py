@@ -34,7 +34,7 @@ def test_names() -> None:
     )  # fmt: skip
     assert benchmark_names("qasper,seven")[:2] == ("qasper", "docmath")
     for text, reason in (
-        ("hotpot", "did you mean 'hotpotqa'"), ("2wiki", "did you mean '2wikimultihopqa'"), ("xyz", "known: 2wiki"),
+        ("hotpot", "did you mean 'hotpotqa'"), ("2wiki", "did you mean '2wikimultihopqa'"), ("xyz", "known: 2wiki"), ("needels-32k", "or a needle test such as needles-32k"),
         ("needles-hopp-32k", "did you mean 'hop'"), ("needles", "its form is"), (" , ", "names none; give all, seven, or some of"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):

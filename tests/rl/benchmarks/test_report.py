@@ -18,6 +18,9 @@ from longreach.rl.benchmarks import report
 from longreach.rl.benchmarks.registry import SEVEN
 from longreach.rl.benchmarks.run import run_evaluation
 
+from .. import browser
+from ..browser import needs_browser
+
 Settings = Callable[..., Any]
 HOSTILE = "</td><script>alert(1)</script> | x | `y` <img src=x onerror=alert(2)> \ud800 {{STYLE}}"
 
@@ -97,7 +100,7 @@ def test_what_went_wrong_is_told(results: dict[str, Any]) -> None:
         ["frames", "frames-0", s, "400: too long"] for s in "01"
     ]
     notes = report.notes_of(results)
-    assert any("2 requests failed; they count as wrong" in note for note in notes)
+    assert "Failed requests, which count as wrong and are listed: 2." in notes
     assert any("No judge was asked" in note for note in notes)
     counts = {row[0]: row for row in made.tables["Counts"]}
     assert counts["frames"][1:3] == ["4", "8"] and counts["frames"][5] == "2"
@@ -116,7 +119,7 @@ def test_the_tables_of_passes_rules_and_lengths(results: dict[str, Any]) -> None
     rules = made.tables["Rules side by side (%)"]
     assert rules[0] == ["benchmark", "strict", "qwenlong-l1", "qwenlong-l1-eval", "longbench", "longbench-em"]
     lengths = made.tables["By length (score, %)"]
-    assert lengths[0] == ["benchmark", "1–64", "65–128", "129–256", "> 256"]
+    assert lengths[0] == ["benchmark", "65–128", "> 256"], "no column where nothing is"
     assert lengths[1][0] == "all" and sum(int(n) for n in re.findall(r"n=(\d+)", " ".join(lengths[1]))) == 28
 
 
@@ -171,6 +174,24 @@ def test_markdown_has_the_same_tables(results: dict[str, Any]) -> None:
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == [table.title for table in tables]
     assert "**small (our score)**" in text
     assert json.dumps(results)  # nothing was changed into what JSON can't hold
+
+
+def test_the_conditions_are_on_the_page(results: dict[str, Any]) -> None:
+    told = dict(page_of(results).tables["Conditions"][1:])
+    assert told["samples a question"] == "2" and told["longest answer"] == "8 tokens" and told["judge"] == "none"
+    assert told["sampling"] == "temperature 0.7, top_p 0.95, top_k off" and told["run"] == "by a server"
+
+
+@needs_browser
+def test_a_browser_shows_it_within_its_window(results: dict[str, Any], tmp_path: Path) -> None:
+    results["conditions"]["model"]["name"] = "a/" * 200 + HOSTILE
+    results["failures"] = [{"benchmark": "b" * 99, "id": "i" * 300, "sample": 0, "why": HOSTILE + "w" * 300}]
+    report.write_reports(tmp_path, results)
+    page = tmp_path / "report.html"
+    widths = browser.content_widths(page, tmp_path, 390, 1280)
+    assert all(found <= width for width, found in widths.items())
+    shown = browser.text(browser.dom(page, tmp_path / "profile"))
+    assert "Beside the published table" in shown and "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
 
 
 def test_percent() -> None:

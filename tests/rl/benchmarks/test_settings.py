@@ -72,3 +72,8 @@ def test_dtype_and_batch_of_a_directory_are_checked() -> None:
         LocalConfig(dtype="int8")
     with pytest.raises(ValueError, match=r"local.batch_tokens is -1"):
         LocalConfig(batch_tokens=-1)
+
+
+def test_an_empty_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="model is empty: give a model's directory"):
+        EvaluationConfig(model=" ")
