@@ -175,7 +175,7 @@ def comparison_tables(made: Comparison) -> list[Table]:
     head = ("benchmark", "questions", "A's score", "B's score", *measured, "gained", "lost")
     lead = (
         "Scores in %, differences in points of B over A with the 95 % interval of the paired bootstrap over questions, and its "
-        "two-sided p. Gained and lost: questions that flipped, listed below."
+        "two-sided p. Gained and lost: questions that flipped; any are listed below."
     )
     strong = frozenset({len(rows) - 1}) if "average" in made.differences else frozenset()
     tables = [Table("B less A", lead, head, rows, strong)]

@@ -305,6 +305,7 @@ def page(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     body = "\n".join(map(_section, made))
     listed = "".join(f"<li>{_escaped(note)}</li>" for note in notes)
+    box = f'<div class="notes"><ul>{listed}</ul></div>' if notes else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -317,7 +318,7 @@ def page(title: str, notes: Sequence[str], made: Sequence[Table]) -> str:
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{_escaped(title)}</h1><div class="notes"><ul>{listed}</ul></div></header>
+<header><h1>{_escaped(title)}</h1>{box}</header>
 <main>
 {body}
 </main>

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from longreach.rl import cli
-from longreach.rl.benchmarks.compare import compare, compare_folders, comparison_tables
+from longreach.rl.benchmarks.compare import compare, compare_folders, comparison_tables, write_comparison
 from longreach.rl.benchmarks.registry import SEVEN
 from longreach.rl.benchmarks.run import run_evaluation
+
+from .. import browser
+from ..browser import needs_browser
 
 Settings = Callable[..., Any]
 
@@ -138,3 +141,11 @@ def test_the_first_table_counts_the_flips(two: tuple[Path, Path]) -> None:
     rows = {row[0]: row for row in first.rows}
     assert rows["docmath"][-2:] == ("2", "1") and rows["average"][-2:] == ("14", "13")
     assert set(rows) == {*SEVEN, "average"}
+    assert rows["docmath"][1:4] == ("4", "50.0", "75.0") and rows["average"][1] == "28"
+
+
+@needs_browser
+def test_a_browser_shows_the_comparison_within_its_window(two: tuple[Path, Path], tmp_path: Path) -> None:
+    page = write_comparison(compare_folders(*two), tmp_path / "c.html")
+    assert all(found <= width for width, found in browser.content_widths(page, tmp_path, 390, 1280).items())
+    assert "7 &lt;b&gt;|&lt;/b&gt;" in browser.text(browser.dom(page, tmp_path / "profile"))

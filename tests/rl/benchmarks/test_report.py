@@ -176,6 +176,11 @@ def test_markdown_has_the_same_tables(results: dict[str, Any]) -> None:
     assert json.dumps(results)  # nothing was changed into what JSON can't hold
 
 
+def test_a_page_without_notes_has_no_box_for_them(results: dict[str, Any]) -> None:
+    made = [report.page("t", notes, report.tables(results)).count('class="notes"') for notes in ([], ["one"])]
+    assert made == [0, 1]
+
+
 def test_the_conditions_are_on_the_page(results: dict[str, Any]) -> None:
     told = dict(page_of(results).tables["Conditions"][1:])
     assert told["samples a question"] == "2" and told["longest answer"] == "8 tokens" and told["judge"] == "none"
