@@ -223,7 +223,8 @@ def save_memory(
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """transformers reports a model that can't be had in several ways, with a page of text; a user's error is a line."""
-    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+    local = str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1  # a name on the hub is OWNER/NAME
+    if local and not Path(path).is_dir():
         raise ValueError(f"there is no model folder {path!s}: give the folder of a model, or its name on the hub")
     try:
         yield

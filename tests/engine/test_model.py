@@ -161,6 +161,8 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     for reader in (load_tokenizer, read_config):
         with pytest.raises(ValueError, match=r"no model folder .*nowhere"):
             reader(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="no model folder runs/nowhere/model"):
+            reader("runs/nowhere/model")
 
 
 @pytest.mark.parametrize("own, wanted", [(None, (59,)), (7, (7, 59)), ([3, 59, 5], (3, 5, 59))])
