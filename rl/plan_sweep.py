@@ -1,12 +1,15 @@
 """What if: the recipe's last phase at other lengths and on other numbers of GPUs, as a table and a picture.
 
-Every point is the cheapest setting that fits there, found anew; a gap says that nothing does. The trainer's own model
-generates as long as one GPU holds a group's keys and values; beyond, a serving engine over SERVED GPUs is assumed (marked).
+Every point is the quickest of the cheapest settings that fit there, found anew; a gap says that nothing does. Tried are the
+recipe's own generator, decoding as much at once as the recipe lets it or a group at a time, and a serving engine over SERVED
+GPUs (marked).
 Completions stay as they are, so the gain of sharing a prompt grows along the curve.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,11 +60,13 @@ def sweep(plan: Plan, contexts: Sequence[int] = CONTEXTS, gpus: Sequence[int] = 
     own = plan.proposal.own.setting
     found = []
     for context in contexts:
-        load = load_at(plan, context)
+        full = load_at(plan, context)
+        loads = dict.fromkeys((full, replace(full, batch_tokens=context + full.size * full.completion)))
         for count in gpus:
-            settings = settings_on(own, count)
-            fitting = (cheapest(plan.shape, setting, plan.gpu, [load]) for setting in settings)
-            found.append(Point(context, count, next((tried for tried in fitting if tried), None)))
+            ways = itertools.product(settings_on(own, count), loads)
+            fitting = [cheapest(plan.shape, setting, plan.gpu, [load]) for setting, load in ways]
+            points = [Point(context, count, tried) for tried in fitting if tried]
+            found.append(min(points, key=lambda point: point.seconds, default=Point(context, count, None)))
     return found
 
 
@@ -119,9 +124,11 @@ def sweep_figure(plan: Plan, points: Sequence[Point], path: Path) -> Path:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     counts = sorted({point.gpus for point in points if point.best})
     for index, count in enumerate(counts):
-        line = [point for point in points if point.gpus == count and point.best]
-        left.plot(
-            [point.context for point in line], [point.seconds for point in line], marker="o", markersize=4,
+        here = [point for point in points if point.gpus == count]
+        line = [point for point in here if point.best]
+        left.plot(  # a length that doesn't fit leaves a gap
+            [point.context for point in here], [point.seconds if point.best else math.nan for point in here],
+            marker="o", markersize=4,
             color=COLOURS[index % len(COLOURS)], linestyle="-" if index < len(COLOURS) else "--",
             label=f"{count:,} GPU{'s' * (count > 1)}",
         )  # fmt: skip
@@ -133,7 +140,7 @@ def sweep_figure(plan: Plan, points: Sequence[Point], path: Path) -> Path:
     best = {point.context: point.saved for point in points if point.best}
     right.plot(list(best), list(best.values()), marker="o", markersize=4, color=COLOURS[1])
     right.set_ylim(bottom=0)
-    _dress(left, f"seconds of a step, planned (hollow: served over {SERVED} GPUs)", logarithmic=True)
+    _dress(left, f"seconds of a step, planned\n(hollow: served over {SERVED} GPUs)", logarithmic=True)
     _dress(right, "FLOPs of the update: dense / shared", logarithmic=False)
     if counts:
         left.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2)
