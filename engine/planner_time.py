@@ -18,6 +18,7 @@ from .planner_hardware import Gpu
 from .planner_layer import WIDE, layer_bytes
 from .planner_memory import Setting, cache_bytes, compute_of, trained_parameters
 from .planner_shape import ModelShape, Row
+from .planner_sharding import gathered_bytes
 
 CROSSINGS = 3
 """How often what a layer holds crosses memory in a forward: written, and read by one or two others."""
@@ -84,8 +85,10 @@ def update_work(shape: ModelShape, setting: Setting, row: Row, passes: int = 6) 
             if name in first:
                 products -= low
     pair = 4.0 * shape.q * row.pairs * layers
+    # ranks that share a row compute the loss from gathered log-probs, and attention by kernels that add nothing atomically
+    passes, factor = (max(passes, 8), 3.5) if setting.sp > 1 else (passes, 2.5)
     vocabulary = 2.0 * row.loss_rows * shape.head_parameters * (passes // 2 - (1 if frozen else 0))
-    return Work(products, pair * (2 if again else 1), 2.5 * pair, vocabulary)
+    return Work(products, pair * (2 if again else 1), factor * pair, vocabulary)
 
 
 def forward_work(shape: ModelShape, row: Row) -> Work:
@@ -147,9 +150,10 @@ def link_rate(gpu: Gpu, ranks: int) -> float:
 def _sharded_bytes(shape: ModelShape, setting: Setting, backward: bool) -> float:
     if not setting.sharded:
         return 0.0
-    others = (setting.gpus - 1) / setting.gpus
-    gathered = setting.computed * shape.parameters * (2 if backward else 1)
-    return others * (gathered + (WIDE * trained_parameters(shape, setting) if backward else 0))
+    others, gathered = (setting.gpus - 1) / setting.gpus, gathered_bytes(shape, setting)
+    reduced = setting.stored if setting.lora is None else WIDE
+    sent = gathered.root + (2 if backward else 1) * shape.layers * gathered.layer  # embeddings and head stay gathered
+    return others * (sent + (reduced * trained_parameters(shape, setting) if backward else 0))
 
 
 def ulysses_bytes(shape: ModelShape, setting: Setting, row: Row, backward: bool) -> float:

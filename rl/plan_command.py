@@ -73,11 +73,11 @@ def run_plan(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], co
 
 
 def trace_text(plan: Plan, folder: str | None = None) -> str:
-    """Each phase's fullest row through the real step without memory, beside the formulas: on one GPU, nothing offloaded."""
+    """Each phase's fullest row through the real step of one rank without memory, beside the formulas."""
     from ..engine.planner_trace import trace_step  # needs Triton, which plans don't
 
     config = _config(plan.recipe, folder)
-    shape, setting = shape_of(config), alone(plan.chosen.setting)
+    shape, setting = shape_of(config), traceable(plan.chosen.setting)
     rows = []
     for load in plan.loads:
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         took = time.perf_counter() - start
         memory = training_memory(shape, setting, load.row)
         formula = memory.total - memory.parts["optimizer"]
-        flops = update_work(shape, setting, load.row, ONE_PASS).flops
+        flops = update_work(shape, setting, load.row, ONE_PASS).flops / setting.sp
         rows.append([
             load.name, f"{load.row.tokens:,}", f"{made.peak / 1e9:.2f}", f"{formula / 1e9:.2f}", f"{formula / made.peak - 1:+.1%}",
             f"{made.flops / 1e12:,.1f}", f"{flops / 1e12:,.1f}", f"{flops / made.flops - 1:+.2%}", f"{took:.0f}",
@@ -101,20 +101,15 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         "off by",
         "seconds",
     ]
-    head = "one micro-batch by the real step, traced without memory on one GPU (no sharding, offloading or optimizer)"
+    head = "one micro-batch by the real step of one rank, traced without memory (no optimizer, no fused modules)"
     return f"{head}\n" + table(names, rows)
 
 
-def alone(setting: Setting) -> Setting:
-    """The part of a setting that one GPU's trace can have."""
+def traceable(setting: Setting) -> Setting:
+    """The part of a setting that a rank's trace can have."""
     return replace(
         setting,
-        gpus=1,
-        ring=1,
-        ulysses=1,
-        offload_activations=False,
         liger=False,
-        optimizer="adamw",
         serve=0,
         servers=None,
         reference=False,

@@ -127,7 +127,8 @@ def test_ranks_share_the_work() -> None:
         for n, u in ((1, 1), (8, 1), (8, 8))
     )
     assert data.times["update"].seconds == pytest.approx(one.times["update"].seconds / 8)
-    assert sequence.times["update"].seconds == pytest.approx(one.times["update"].seconds / 8)
+    shared, alone = sequence.times["update"].seconds, one.times["update"].seconds / 8
+    assert alone < shared < 1.25 * alone  # attention whose sums have one order, and the vocabulary once more
     assert sequence.memory["update"].total < data.memory["update"].total
     assert sequence.times["update"].communication > 0 == data.times["update"].communication
     assert data.tokens_per_second > 7 * one.tokens_per_second
