@@ -15,9 +15,10 @@ The moments: a layer's backward, the loss, generation. Tests hold the first two 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .generate import LOGITS_BYTES, PREFILL_TOKENS
+from .planner_cut import Share, fullest
 from .planner_layer import WIDE, Compute, LayerBytes, layer_bytes
 from .planner_setting import Servers as Servers
 from .planner_setting import Setting as Setting
@@ -53,8 +54,9 @@ class Memory:
         return sum(self.parts.values())
 
 
-def compute_of(setting: Setting, tokens: float) -> Compute:
-    """How a layer computes under this setting, of a row of which a rank holds `tokens`."""
+def compute_of(setting: Setting, tokens: float, prompts: int = 0) -> Compute:
+    """How a layer computes under this setting, of a row of `prompts` prompt tokens, of which a rank holds `tokens`."""
+    gathers = setting.ring > 1 and setting.schedule != "ring"
     return Compute(
         size=setting.computed,
         residual=setting.residual,
@@ -62,14 +64,21 @@ def compute_of(setting: Setting, tokens: float) -> Compute:
         adapters=frozenset(setting.lora.targets if setting.lora else ()),
         fused=setting.liger,
         tile=min(1.0, setting.tile_tokens / tokens) if setting.tile_tokens else 0.0,
+        merged=None if setting.sp == 1 else 0.5 * min(2, setting.ring - 1),  # of two, one reads by its later half
+        gathered=prompts / setting.ulysses / tokens if gathers else 0.0,
     )
 
 
 def training_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
-    """The peak of an update's later micro-batch, whose packed row is `row`."""
-    tokens = row.tokens / setting.sp
-    how = compute_of(setting, tokens)
-    layer = layer_bytes(shape, how, row.prompt_tokens / row.tokens)
+    """The peak of an update's later micro-batch, whose packed row is `row`, on the rank that has most of it."""
+    made = [_training(shape, setting, share, row.prompt_tokens) for share in fullest(shape, setting, row)]
+    return max(made, key=lambda memory: memory.total)
+
+
+def _training(shape: ModelShape, setting: Setting, share: Share, prompts: int) -> Memory:
+    tokens = share.tokens
+    how = compute_of(setting, tokens, prompts)
+    layer = layer_bytes(shape, how, share.prompt_share)
     state = state_parts(shape, setting)
     rope = 2 * shape.head_dim * how.residual * tokens
     input_bytes = how.residual * shape.hidden * tokens
@@ -90,7 +99,7 @@ def training_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
     }  # fmt: skip
     moments["the loss"] = {
         **state, "gathered weights": gathered.root, "saved activations": saved + rope,
-        "loss workspace": loss_bytes(shape, setting, row) + cast.model,
+        "loss workspace": loss_bytes(shape, setting, share) + cast.model,
     }  # fmt: skip
     if setting.sharded:
         moments["gathering the head"] = {**state, "gathered weights": gathered.at_start}
@@ -146,12 +155,12 @@ def _weight_peak(shape: ModelShape, setting: Setting) -> float:
     return float(setting.computed * shape.hidden * shape.inner)
 
 
-def loss_bytes(shape: ModelShape, setting: Setting, row: Row) -> float:
+def loss_bytes(shape: ModelShape, setting: Setting, share: Share) -> float:
     """Beside what the layers have saved: the last norm, hidden rows, a chunk of scores, fp32 sums of the head's gradient.
 
-    A rank's share of the rows is taken: each sees its own, the vocabulary whole.
+    Each rank sees its own rows, the vocabulary whole.
     """
-    tokens, rows = row.tokens / setting.sp, row.loss_rows / setting.sp
+    tokens, rows = share.tokens, share.loss_rows
     how = compute_of(setting, tokens)
     hidden, size = shape.hidden, how.residual
     tile = how.tile or 1.0
@@ -172,19 +181,28 @@ def _two_passes(shape: ModelShape, setting: Setting, rows: float) -> float:
     size, hidden = setting.residual, shape.hidden
     if setting.lora is not None and "lm_head" not in setting.lora.targets:
         return min(rows, max(128.0, BLOCK_BYTES // (shape.vocab * size))) * (size * shape.vocab + WIDE * hidden)
-    columns = BLOCK_BYTES / (min(rows, BLOCK_BYTES / (4096 * size)) * size) if rows else 0.0
-    block = min(rows * shape.vocab * size, float(BLOCK_BYTES)) + WIDE * hidden * min(float(shape.vocab), columns)
-    left, right = WIDE * hidden * rows, setting.stored * shape.head_parameters
-    if rows > shape.vocab:
-        return block + size * hidden * rows + (WIDE + (size < WIDE) * size) * shape.head_parameters
-    return block + left + right
+    vocab, stored = shape.vocab, setting.stored
+    held = min(rows, BLOCK_BYTES // (4096 * size))
+    columns = min(float(vocab), BLOCK_BYTES / (max(1.0, held) * size))
+    scores, rounded = held * columns * size, (stored < WIDE) * stored
+    if rows > vocab:
+        return scores + size * hidden * rows + (WIDE + rounded) * shape.head_parameters
+    left = WIDE * hidden * rows
+    if columns == vocab:  # the sum is the result, or rounded to it
+        return left + WIDE * shape.head_parameters + max(scores, rounded * shape.head_parameters)
+    return left + scores + stored * shape.head_parameters + (WIDE + rounded) * hidden * columns
 
 
 def forward_memory(shape: ModelShape, setting: Setting, row: Row) -> Memory:
     """Log-probs without gradients: of the old policy, of the reference."""
-    tokens, rows = row.tokens / setting.sp, row.loss_rows / setting.sp
+    made = [_without_gradients(shape, setting, share) for share in fullest(shape, setting, row)]
+    return max(made, key=lambda memory: memory.total)
+
+
+def _without_gradients(shape: ModelShape, setting: Setting, share: Share) -> Memory:
+    tokens, rows = share.tokens, share.loss_rows
     how = compute_of(setting, tokens)
-    layer: LayerBytes = layer_bytes(shape, how, row.prompt_tokens / row.tokens)
+    layer: LayerBytes = layer_bytes(shape, how, share.prompt_share)
     gathered = gathered_bytes(shape, setting)
     state = {**state_parts(shape, setting), "gradients": 0.0, "gathered weights": gathered.in_forward}
     entering = how.residual * shape.hidden * tokens + 2 * shape.head_dim * how.residual * tokens
@@ -206,7 +224,7 @@ def generation_memory(shape: ModelShape, setting: Setting, cached_tokens: float,
     state = {**state_parts(shape, setting), "gradients": 0.0}
     own = size * shape.parameters / over if setting.serve else gathered_bytes(shape, setting).whole
     passing = max(prompt, PREFILL_TOKENS)
-    prefill = layer_bytes(shape, compute_of(setting, passing), 1.0).forward * passing
+    prefill = layer_bytes(shape, compute_of(replace(setting, ring=1, ulysses=1), passing), 1.0).forward * passing
     parts = {
         **state, "generator weights": own,
         "generator keys and values": cache_bytes(shape, size) * cached_tokens / over,

@@ -55,6 +55,8 @@ class Setting:
     gpus: int = 1
     ring: int = 1
     ulysses: int = 1
+    schedule: str = "auto"
+    """How keys and values reach a ring's ranks; "auto" may turn out to be any."""
     shard: bool = True
     dtype: str = "float32"
     autocast: bool = False

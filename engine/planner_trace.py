@@ -39,20 +39,22 @@ def trace_step(
     *,
     capability: tuple[int, int] | None = (9, 0),
     rank: int = 0,
-    schedule: str = "ring",
 ) -> Traced:
     """Forward and backward of one packed row by the engine's own step, in the model's own class, as `rank` sees it.
 
     Args:
         capability: of the GPU that is pretended; None traces what a CPU does.
-        schedule: of the ring (`ParallelConfig.schedule`); "auto" would measure links that aren't there.
+        rank: the last Ulysses rank of the first ring rank is the fullest of a row.
 
     Raises:
-        ValueError: a setting that the model isn't put under here.
+        ValueError: a setting that can't be traced, or within a process group.
     """
     if setting.liger:
         raise ValueError("fused modules can't be traced: the rest of a plan is formulas")
-    assert schedule != "auto"
+    if setting.ring > 1 and setting.schedule == "ring-flash-attn":
+        raise ValueError("ring-flash-attn's kernels can't be traced: plan with parallel.schedule = ring or all-gather")
+    # "auto" would measure links that aren't there, and this holds more
+    schedule = "all-gather" if setting.schedule == "auto" else setting.schedule
     groups = [
         Group(torch.zeros(row.prompt, dtype=torch.long), [torch.zeros(row.completion, dtype=torch.long)] * row.size)
         for _ in range(row.groups)
