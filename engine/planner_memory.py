@@ -36,6 +36,9 @@ SAMPLING_BYTES = 3 * LOGITS_BYTES
 """The generator's fp64 scores while it samples, with what is made of them."""
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 2 * WIDE / 256, "adamw-offload": 0.0}
 """A trained parameter's state on the GPU, by `optimizer.kind`; 8-bit states have one fp32 scale for 256 entries."""
+OFFLOADED_STATE = 4 * WIDE
+"""Bytes on the host of a trained parameter with "adamw-offload": a copy, its gradient and two averages. The gradient on the
+GPU stays until the update, since it is summed and clipped first."""
 OFFLOADED = 2
 """Layers whose inputs are on the GPU while those of all are offloaded: the one that computes and the next."""
 
@@ -108,7 +111,7 @@ def _training(shape: ModelShape, setting: Setting, share: Share, prompts: int) -
     if setting.offload_activations and setting.gradient_checkpointing:
         host += shape.layers * input_bytes
     if setting.optimizer == "adamw-offload":
-        host += (8 + WIDE) * trained_parameters(shape, setting) / setting.shards
+        host += OFFLOADED_STATE * trained_parameters(shape, setting) / setting.shards
     return _peak(moments, host)
 
 
@@ -121,7 +124,7 @@ def state_parts(shape: ModelShape, setting: Setting) -> dict[str, float]:
     gradients = kept_of_trained * trained / setting.shards
     return {
         "weights": weights / setting.shards,
-        "gradients": 0.0 if setting.optimizer == "adamw-offload" else gradients,
+        "gradients": gradients,
         "optimizer": OPTIMIZER_BYTES[setting.optimizer] * trained / setting.shards,
     }
 

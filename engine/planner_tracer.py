@@ -190,6 +190,8 @@ def trace(
         for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
+                # a DTensor asks once what the whole would be, on whole fake tensors that aren't a step's
+                parameter.grad += parameter.grad
     with fake, StepTrace(made) as tracer:
         kept = step(made)
     del kept
