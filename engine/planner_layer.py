@@ -191,12 +191,20 @@ class _Layer:
         ledger, b, inner = self.ledger, self.how.size, self.shape.inner
         self._linear_backward("down_proj", "product", "dproduct", grad="g", keep_grad=True)
         ledger.drop("product")
-        ledger.hold("dup_proj", b * inner)
-        ledger.hold("dsilu", b * inner)
-        ledger.drop("dproduct", "silu", "up_proj")
-        self._linear_backward("up_proj", "n2", "dn2", grad="dup_proj")
-        ledger.hold("dgate_proj", b * inner)
-        ledger.drop("dsilu", "gate_proj")
+        if self.how.fused:  # gradients are written over what was kept
+            ledger.held["dup_proj"], ledger.held["dgate_proj"] = (
+                ledger.held.pop("up_proj"),
+                ledger.held.pop("gate_proj"),
+            )
+            ledger.drop("dproduct")
+            self._linear_backward("up_proj", "n2", "dn2", grad="dup_proj")
+        else:
+            ledger.hold("dup_proj", b * inner)
+            ledger.hold("dsilu", b * inner)
+            ledger.drop("dproduct", "silu", "up_proj")
+            self._linear_backward("up_proj", "n2", "dn2", grad="dup_proj")
+            ledger.hold("dgate_proj", b * inner)
+            ledger.drop("dsilu", "gate_proj")
         self._linear_backward("gate_proj", "n2", "dn2", grad="dgate_proj")
         ledger.drop("n2")
 

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..kernels.gpu import pretending
 from . import attention
 from .completions import completion_policy_loss
+from .liger import bind
 from .mesh import ParallelConfig, make_mesh
 from .model import save_memory
 from .packing import Group
+from .planner_liger import traced_kernels
 from .planner_memory import Setting
 from .planner_ranks import one_of
 from .planner_shape import Row
@@ -49,8 +51,6 @@ def trace_step(
     Raises:
         ValueError: a setting that can't be traced, or within a process group.
     """
-    if setting.liger:
-        raise ValueError("fused modules can't be traced: the rest of a plan is formulas")
     if setting.ring > 1 and setting.schedule == "ring-flash-attn":
         raise ValueError("ring-flash-attn's kernels can't be traced: plan with parallel.schedule = ring or all-gather")
     # "auto" would measure links that aren't there, and this holds more
@@ -101,5 +101,7 @@ def _model(config: PreTrainedConfig, setting: Setting) -> Any:
 
         add_lora(model, setting.lora)
     model.train()
+    if setting.liger:
+        bind(model, traced_kernels(), verify=False)
     save_memory(model, setting.gradient_checkpointing, setting.offload_activations, setting.tile_tokens, verify=False)
     return model

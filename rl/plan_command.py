@@ -104,20 +104,14 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         "seconds",
     ]
     head = (
-        "one micro-batch by the real step of the fullest rank, traced without memory (no optimizer, no fused modules)"
+        "one micro-batch by the real step of the fullest rank, traced without memory (no optimizer, no reference)"
     )
     return f"{head}\n" + table(names, rows)
 
 
 def traceable(setting: Setting) -> Setting:
-    """The part of a setting that a rank's trace can have."""
-    return replace(
-        setting,
-        liger=False,
-        serve=0,
-        servers=None,
-        reference=False,
-    )
+    """The part of a setting that a trace can have: one model's update, and nobody who generates."""
+    return replace(setting, serve=0, servers=None, reference=False)
 
 
 def _config(recipe: Recipe, folder: str | None) -> Any:
