@@ -94,7 +94,7 @@ def pretended(x: Tensor) -> bool:
 
 def address(x: Tensor) -> int:
     """Where its first element is; of a fake tensor, in its storage, which would begin at a multiple of any alignment."""
-    return x.storage_offset() * x.element_size() if pretended(x) else x.data_ptr()
+    return int(x.storage_offset()) * x.element_size() if pretended(x) else x.data_ptr()
 
 
 def on_gpu(x: Tensor) -> bool:

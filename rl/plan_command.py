@@ -103,9 +103,7 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         "off by",
         "seconds",
     ]
-    head = (
-        "one micro-batch by the real step of the fullest rank, traced without memory (no optimizer, no reference)"
-    )
+    head = "one micro-batch by the real step of the fullest rank, traced without memory (no optimizer, no reference)"
     return f"{head}\n" + table(names, rows)
 
 

@@ -82,13 +82,15 @@ def test_longest_contexts_are_near_those_reported(
 ) -> None:
     """Another implementation's limits, not this one's: a factor of two either way would be a wrong formula.
 
-    Where attention decides (everything tiled and offloaded) ours reaches less: it sums partial gradients in fp32.
+    Where attention decides (everything tiled and offloaded) ours reaches less: it sums partial gradients in fp32. Theirs
+    moves weights' gradients out as the backward makes them; ours keeps them, to be clipped, so they are left out here.
     """
     setting = Setting(dtype="bfloat16", optimizer="adamw-offload", gradient_checkpointing=True, gpus=gpus, ulysses=gpus)
     setting = replace(setting, **features)  # type: ignore[arg-type]
 
     def needed(share: float) -> float:
-        return training_memory(LLAMA, setting, Row(1, 1, 1, int(share * reported * 1000))).total
+        made = training_memory(LLAMA, setting, Row(1, 1, 1, int(share * reported * 1000)))
+        return made.total - made.parts["gradients"]
 
     assert needed(0.6) < GPUS[gpu].usable < needed(1.25)
 
