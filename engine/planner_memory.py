@@ -1,6 +1,7 @@
 """Memory of one GPU, part by part, at each moment that can be the peak. Formulas alone: bytes from shapes and settings.
 
-    weights      parameters in their dtype; sharded, a rank's share, and what FSDP has gathered of it at once
+    weights      parameters in their dtype; sharded, a rank's share
+    gathered     what FSDP2 holds of whole weights and gradients at once (`planner_sharding`)
     gradients    of what trains, in its dtype: there from an update's first micro-batch to its last
     optimizer    AdamW's two averages: 8 bytes a parameter, 2 with 8-bit states, none on the GPU if offloaded
     saved        a checkpointed layer's input, D wide, or all that a layer keeps (`planner_layer`); offloaded, two layers'
@@ -8,8 +9,9 @@
     loss         a chunk of rows against the whole vocabulary, fp32 sums of the head's gradient, rows of hidden states
     generator    weights of its own where the trainer's are sharded, keys and values of a batch, scores while sampling
 
-The moments: a layer's backward, the loss, generation. Tests hold the first two against a trace of the real step within
-10 %. What it gives up: the allocator's fragmentation and CUDA's context, for which `Gpu.usable` leaves room.
+The moments: a layer's backward, the loss, sharded the head's gathering and its gradients; generation. All but the last are
+held against a trace of the real step within 10 %, on the rank that has most of a row (`planner_cut`). What it gives up: the allocator's
+fragmentation and CUDA's context, for which `Gpu.usable` leaves room.
 """
 
 from __future__ import annotations

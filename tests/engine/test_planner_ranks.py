@@ -120,3 +120,20 @@ def test_a_rank_among_real_ones_has_no_fake_ones() -> None:
         with pytest.raises(ValueError, match="a process of its own"), one_of(2, 0):
             pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, setting, row",
+    [
+        ("Qwen/Qwen3-8B", whole(LORA, gpus=8, ring=8, **RING), Row(1, 120_000, 8, 4000)),
+        ("Qwen/Qwen3-32B", replace(AUTOCAST, gpus=32, ulysses=8), Row(1, 60_000, 8, 1250)),
+    ],
+)
+def test_whole_stacks(model: str, setting: Setting, row: Row) -> None:
+    """All layers, not a few: an 8B over a ring of 8 at 120K, a 32B over 32 ranks at 60K and 10K."""
+    shape = KNOWN[model]
+    made = trace_step(config_of(shape), setting, row, rank=setting.ulysses - 1)
+    memory = training_memory(shape, setting, row)
+    assert memory.total - memory.parts["optimizer"] == pytest.approx(made.peak, rel=MEMORY_BOUND)
+    check_sent(shape, setting, row, made)

@@ -120,7 +120,9 @@ def test_what_shares_the_trainer_s_gpus_claims_what_is_left_of_them() -> None:
 
 def test_what_nothing_else_would_change_is_said_once() -> None:
     odd = recipe(("generator.devices", '["0,1,2"]'), ("generator.args", "-tp,3"))
-    roomy = replace(GPUS["h200"], memory=300e9)  # or whole weights and their gradients on one GPU would be another reason
+    roomy = replace(
+        GPUS["h200"], memory=300e9
+    )  # or whole weights and their gradients on one GPU would be another reason
     assert plan_text(make_plan(odd, roomy, 8)).count("over 3 GPUs can't share out 40 query heads") == 1
 
 
