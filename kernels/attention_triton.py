@@ -34,7 +34,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import gpu
 from .attention_triton_kernels import LOG2E, delta_kernel, forward_kernel, keys_kernel, queries_kernel
 from .gpu import AttentionTiles, Block, address, launch, pretended, tiles
-from .spend import spend
 
 Bounds = tuple[int, ...]
 
@@ -120,6 +119,10 @@ def backward(
 def _tell(operations: int, q: Tensor, bounds_q: Bounds, bounds_k: Bounds, causal: bool) -> None:
     """Tells a trace without memory, for which no kernel is started, of so many operations E a visible pair and head."""
     if pretended(q):
+        from .spend import (
+            spend,
+        )  # an operator of torch's, of which a process has one: mutated copies must not make another
+
         sides = [(b - a, d - c) for (a, b), (c, d) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True)]
         pairs = sum(n * (n + 1) // 2 if causal else n * m for n, m in sides)
         spend(operations * pairs * q.shape[1] * q.shape[2], "attention")
