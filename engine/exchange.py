@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Exchange:
-    """An exchange under way; `wait` gives what arrived, [sum of `counts`, ...], sender by sender."""
+    """An exchange under way; `wait`, which is called once, gives what arrived, [sum of `counts`, ...], sender by sender."""
 
     def __init__(self, rows: Sequence[Tensor], counts: Sequence[int], group: dist.ProcessGroup) -> None:
         """Sends `rows[i]` to rank i of the group, which hands out `counts[j]` rows of rank j."""
@@ -34,6 +34,7 @@ class Exchange:
     def wait(self) -> Tensor:
         if self._work is not None:
             self._work.wait()
+        del self._sent  # as large as what arrived, of which the next line may make another
         before, after = self._made[: self._before], self._made[self._before :]
         return torch.cat([before, self._own, after]) if len(self._own) else self._made
 

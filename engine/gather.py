@@ -72,9 +72,13 @@ class GatherSchedule:
         dkv = gradients.keys(len(k), k)
         gradients.add(self.calls[0], k, v, dkv)
         kv = self._in_order(under_way.wait())
+        del under_way
         dgathered = gradients.keys(len(kv), k)
         gradients.add(self.calls[1], kv[:, 0], kv[:, 1], dgathered)
-        self._add_home(dgathered, dkv)
+        del kv
+        arrived = self._as_arrived(dgathered)
+        del dgathered  # each of these is all of the row's keys and values
+        self._add_home(arrived, dkv)
         return gradients.dq, dkv[:, 0], dkv[:, 1]
 
     def _gather(self, k: Tensor, v: Tensor) -> Exchange:
@@ -87,10 +91,13 @@ class GatherSchedule:
     def _in_order(self, arrived: Tensor) -> Tensor:
         return arrived.index_select(0, self._index(arrived.device)[-1])
 
-    def _add_home(self, dgathered: Tensor, dkv: Tensor) -> None:
+    def _as_arrived(self, ordered: Tensor) -> Tensor:
+        """The inverse of `_in_order`."""
+        return torch.empty_like(ordered).index_copy_(0, self._index(ordered.device)[-1], ordered)
+
+    def _add_home(self, arrived: Tensor, dkv: Tensor) -> None:
         """Sends the gradients of other ranks' keys there, and adds what comes for own ones."""
-        *sends, order = self._index(dkv.device)
-        arrived = torch.empty_like(dgathered).index_copy_(0, order, dgathered)
+        *sends, _ = self._index(dkv.device)
         lengths = [len(i) for i in sends]
         parts = exchange(arrived.split(self.counts), lengths, self.group).split(lengths)
         for index, part in zip(sends, parts, strict=True):

@@ -26,6 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..kernels.gpu import on_gpu
+
 _FUNCTION = "_gradient_checkpointing_func"
 """What transformers has each layer call as (function, *inputs); ours is put around it, instance by instance."""
 
@@ -83,7 +85,7 @@ class Offload:
     def _pack(self, x: Tensor) -> Tensor | _Kept:
         if not x.is_floating_point() or not x.numel():
             return x
-        buffer = self._take(x.nbytes, x.is_cuda)
+        buffer = self._take(x.nbytes, on_gpu(x))
         host = buffer[: x.nbytes].view(x.dtype).view(x.shape)
         with self._aside(x.device):
             host.copy_(x, non_blocking=x.is_cuda)

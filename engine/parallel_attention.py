@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels import attention_choice
+from ..kernels.gpu import on_gpu
 from .cost import choose, make_schedule
 from .mesh import Mesh
 from .partials import Kernel
@@ -133,7 +134,7 @@ def _unrounded(stage: str, q: Tensor, backend: str) -> str:
         if backend not in UNROUNDED:
             _say(stage, backend, "as asked")
         return backend
-    if q.dtype == torch.float64 or not q.is_cuda:
+    if q.dtype == torch.float64 or not on_gpu(q):
         return backend  # of these, all are unrounded
     name = attention_choice.choose("auto", stage, q, 0)
     if name in UNROUNDED:

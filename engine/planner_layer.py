@@ -37,6 +37,11 @@ class Compute:
     tile: float = 0.0
     """Share of the row's tokens that norms and the MLP see at once, being computed again tile by tile; 0: all."""
 
+    merged: float | None = None
+    """Attention's results are merged in fp32 part by part (`partials`), of this share of the prompts' queries at once."""
+    gathered: float = 0.0
+    """Prompt tokens whose keys and values are there at once, for each of the rank's own (`gather`)."""
+
     @property
     def casts(self) -> bool:
         """Whether linear layers keep a rounded copy of what they are given (autocast)."""
@@ -186,12 +191,20 @@ class _Layer:
         ledger, b, inner = self.ledger, self.how.size, self.shape.inner
         self._linear_backward("down_proj", "product", "dproduct", grad="g", keep_grad=True)
         ledger.drop("product")
-        ledger.hold("dup_proj", b * inner)
-        ledger.hold("dsilu", b * inner)
-        ledger.drop("dproduct", "silu", "up_proj")
-        self._linear_backward("up_proj", "n2", "dn2", grad="dup_proj")
-        ledger.hold("dgate_proj", b * inner)
-        ledger.drop("dsilu", "gate_proj")
+        if self.how.fused:  # gradients are written over what was kept
+            ledger.held["dup_proj"], ledger.held["dgate_proj"] = (
+                ledger.held.pop("up_proj"),
+                ledger.held.pop("gate_proj"),
+            )
+            ledger.drop("dproduct")
+            self._linear_backward("up_proj", "n2", "dn2", grad="dup_proj")
+        else:
+            ledger.hold("dup_proj", b * inner)
+            ledger.hold("dsilu", b * inner)
+            ledger.drop("dproduct", "silu", "up_proj")
+            self._linear_backward("up_proj", "n2", "dn2", grad="dup_proj")
+            ledger.hold("dgate_proj", b * inner)
+            ledger.drop("dsilu", "gate_proj")
         self._linear_backward("gate_proj", "n2", "dn2", grad="dgate_proj")
         ledger.drop("n2")
 
@@ -274,6 +287,16 @@ class _Layer:
         if grad != "g":
             ledger.drop(grad)
 
+    def _merged_backward(self) -> None:
+        """Sums in fp32 and a part that is added to them; keys of one rank and the next, or of all, and their gradients."""
+        ledger, s, b = self.ledger, self.shape, self.how.size
+        keys, wide = 2 * s.kv, WIDE * 2 * s.kv
+        ledger.hold("own", WIDE * s.q + wide)
+        ledger.pulse(WIDE * (s.q + 2 * s.heads) + 2 * b * keys + 3 * wide)
+        if self.how.gathered:
+            ledger.pulse(WIDE * (s.q + 2 * s.heads) + self.how.gathered * (b * keys + 2 * wide))
+            ledger.pulse(self.how.gathered * 3 * wide)  # as they leave, as they come, and in one
+
     def _rope(self) -> None:
         """q and k turned; the unturned go."""
         ledger, s = self.ledger, self.shape
@@ -288,7 +311,10 @@ class _Layer:
         ledger, s, b = self.ledger, self.shape, self.how.size
         ledger.hold("attended", b * (s.q + 2 * s.kv) + WIDE * s.heads)
         ledger.hold("out", b * s.q)
-        ledger.pulse(b * s.q + 6 * WIDE * s.q * self.c)
+        if self.how.merged is None:
+            ledger.pulse(b * s.q + 6 * WIDE * s.q * self.c)
+        else:
+            ledger.pulse(WIDE * s.q * (1 + 5 * max(self.c, self.how.merged)))
         if not self.keep:
             ledger.drop("attended")
 
@@ -303,6 +329,9 @@ class _Layer:
             ledger.pulse(rounded + WIDE * (s.q * queries + 2 * s.kv * keys))
 
         ledger.hold("attended", b * (s.q + 2 * s.kv) + WIDE * s.heads)
+        if self.how.merged is not None:
+            p, c = 0.0, 0.0
+            self._merged_backward()
         call(p, p)
         ledger.hold("prompts", WIDE * (s.q + 2 * s.kv) * p)
         if c:

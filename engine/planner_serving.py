@@ -89,7 +89,7 @@ def server_memory(shape: ModelShape, setting: Setting, servers: Servers, gpu: Gp
     """One GPU with a server, and with what the trainer keeps on it meanwhile."""
     at_once = batching(shape, servers, gpu, load)
     tokens = at_once.groups * (load.prompt + at_once.size * load.completion)
-    kept = {} if servers.apart else {**state_parts(shape, setting, gathered=False), "gradients": 0.0}
+    kept = {} if servers.apart else {**state_parts(shape, setting), "gradients": 0.0}
     parts = {
         **kept,
         **fixed_parts(shape, servers, load),

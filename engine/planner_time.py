@@ -6,18 +6,20 @@
     decoding    every token of a batch reads all weights, and each completion its prompt's keys and values
     sharing     FSDP gathers weights for forward and backward and reduces gradients; Ulysses exchanges heads, a ring keys and values
 
-Communication runs beside computation: what is longer counts. Operations are held against a trace within 2 %; seconds are
-held against nothing yet.
+Communication runs beside computation: what is longer counts, on the busiest of the ranks that share a row. Operations are
+held against a trace within 2 %, bytes sent within 1 %; seconds are held against nothing yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .planner_cut import Share, passed, shares
 from .planner_hardware import Gpu
 from .planner_layer import WIDE, layer_bytes
 from .planner_memory import Setting, cache_bytes, compute_of, trained_parameters
 from .planner_shape import ModelShape, Row
+from .planner_sharding import gathered_bytes
 
 CROSSINGS = 3
 """How often what a layer holds crosses memory in a forward: written, and read by one or two others."""
@@ -84,8 +86,10 @@ def update_work(shape: ModelShape, setting: Setting, row: Row, passes: int = 6) 
             if name in first:
                 products -= low
     pair = 4.0 * shape.q * row.pairs * layers
+    # ranks that share a row compute the loss from gathered log-probs, and attention by kernels that add nothing atomically
+    passes, factor = (max(passes, 8), 3.5) if setting.sp > 1 else (passes, 2.5)
     vocabulary = 2.0 * row.loss_rows * shape.head_parameters * (passes // 2 - (1 if frozen else 0))
-    return Work(products, pair * (2 if again else 1), 2.5 * pair, vocabulary)
+    return Work(products, pair * (2 if again else 1), factor * pair, vocabulary)
 
 
 def forward_work(shape: ModelShape, row: Row) -> Work:
@@ -98,21 +102,40 @@ def forward_work(shape: ModelShape, row: Row) -> Work:
     )
 
 
+def rank_work(row: Row, work: Work, share: Share) -> Work:
+    """Of one rank, what its share of the row is."""
+    tokens, rows = share.tokens / row.tokens, share.loss_rows / max(1, row.loss_rows)
+    return Work(
+        work.products * tokens,
+        work.attention_forward * share.pairs,
+        work.attention_backward * share.pairs,
+        work.vocabulary * rows,
+    )
+
+
 def compute_time(shape: ModelShape, setting: Setting, gpu: Gpu, row: Row, work: Work, crossings: float) -> Time:
-    """Seconds of `work` shared by the ranks of a row, with the buffers that cross memory beside it."""
-    how = replace(compute_of(setting, row.tokens / setting.sp), tile=0.0)  # in pieces as much crosses memory
-    held = layer_bytes(shape, how, row.prompt_tokens / row.tokens).saved * row.tokens * shape.layers
+    """Seconds of the busiest of the ranks that share `work`, with the buffers that cross memory beside it."""
+    ranks = shares(shape, setting, row)
+    return max(
+        (_rank_time(shape, setting, gpu, share, rank_work(row, work, share), crossings) for share in ranks),
+        key=lambda time: time.seconds,
+    )
+
+
+def _rank_time(shape: ModelShape, setting: Setting, gpu: Gpu, share: Share, work: Work, crossings: float) -> Time:
+    how = replace(compute_of(setting, share.tokens), tile=0.0)  # in pieces as much crosses memory
+    held = layer_bytes(shape, how, share.prompt_share).saved * share.tokens * shape.layers
     parts = {
         "matrix products": (work.products + work.vocabulary) / (gpu.flops * gpu.products),
         "attention": work.attention_forward / (gpu.flops * gpu.attention_forward)
         + work.attention_backward / (gpu.flops * gpu.attention_backward),
         "memory bandwidth": crossings * held / (gpu.bandwidth * gpu.memory_share),
     }
-    seconds = sum(parts.values()) / setting.sp
+    seconds = sum(parts.values())
     if setting.offload_activations and setting.gradient_checkpointing:
-        moved = 2 * how.residual * shape.hidden * row.tokens / setting.sp * shape.layers
-        parts["host link"] = moved / (gpu.host_link * gpu.link_share) * setting.sp
-        seconds = max(seconds, parts["host link"] / setting.sp)
+        moved = 2 * how.residual * shape.hidden * share.tokens * shape.layers
+        parts["host link"] = moved / (gpu.host_link * gpu.link_share)
+        seconds = max(seconds, parts["host link"])
     return Time(seconds, max(parts, key=lambda part: parts[part]))
 
 
@@ -132,7 +155,7 @@ def _sharing(shape: ModelShape, setting: Setting, gpu: Gpu, row: Row, *, backwar
     """Seconds that a rank sends for one row: weights and gradients, heads, keys and values."""
     return sum(
         sent / rate for sent, rate in (
-            (_sharded_bytes(shape, setting, backward), link_rate(gpu, setting.gpus)),
+            (sharded_bytes(shape, setting, backward), link_rate(gpu, setting.gpus)),
             (ulysses_bytes(shape, setting, row, backward), link_rate(gpu, setting.ulysses)),
             (ring_bytes(shape, setting, row, backward), link_rate(gpu, setting.sp if setting.ring > 1 else 1)),
         )
@@ -144,12 +167,14 @@ def link_rate(gpu: Gpu, ranks: int) -> float:
     return gpu.link_share * (gpu.link if ranks <= gpu.per_node else gpu.network)
 
 
-def _sharded_bytes(shape: ModelShape, setting: Setting, backward: bool) -> float:
+def sharded_bytes(shape: ModelShape, setting: Setting, backward: bool) -> float:
+    """Weights to where they are needed, and gradients of shares to where those are."""
     if not setting.sharded:
         return 0.0
-    others = (setting.gpus - 1) / setting.gpus
-    gathered = setting.computed * shape.parameters * (2 if backward else 1)
-    return others * (gathered + (WIDE * trained_parameters(shape, setting) if backward else 0))
+    others, gathered = (setting.gpus - 1) / setting.gpus, gathered_bytes(shape, setting)
+    reduced = setting.stored if setting.lora is None else WIDE
+    sent = gathered.root + (2 if backward else 1) * shape.layers * gathered.layer  # embeddings and head stay gathered
+    return others * (sent + (reduced * trained_parameters(shape, setting) if backward else 0))
 
 
 def ulysses_bytes(shape: ModelShape, setting: Setting, row: Row, backward: bool) -> float:
@@ -159,16 +184,19 @@ def ulysses_bytes(shape: ModelShape, setting: Setting, row: Row, backward: bool)
     repeated = max(1.0, setting.ulysses / shape.key_heads)
     one = setting.computed * row.tokens / setting.sp * (2 * shape.q + 2 * shape.kv * repeated)
     times = (2 + setting.gradient_checkpointing) if backward else 1
-    return shape.layers * times * one * (setting.ulysses - 1) / setting.ulysses
+    # copies of a key head have gradients that are added: in fp32
+    wider = (WIDE - setting.computed) * row.tokens / setting.sp * 2 * shape.kv * repeated * (backward and repeated > 1)
+    return shape.layers * (times * one + wider) * (setting.ulysses - 1) / setting.ulysses
 
 
 def ring_bytes(shape: ModelShape, setting: Setting, row: Row, backward: bool) -> float:
     """Prompts' keys and values go round; backward they do again, with their fp32 gradients."""
     if setting.ring == 1:
         return 0.0
-    held = row.prompt_tokens / setting.sp * 2 * shape.kv / min(setting.ulysses, shape.key_heads) * setting.ulysses
-    size = setting.computed * ((2 + setting.gradient_checkpointing) if backward else 1) + (WIDE if backward else 0)
-    return shape.layers * held * size * (setting.ring - 1)
+    keys, sums = passed(shape, setting.ring, row)
+    rounds = (2 + setting.gradient_checkpointing) if backward else 1
+    sent = setting.computed * rounds * keys + (WIDE * sums if backward else 0)
+    return shape.layers * 2 * shape.kv / min(setting.ulysses, shape.key_heads) * sent
 
 
 def prefill_time(shape: ModelShape, setting: Setting, gpu: Gpu, prompt: int) -> Time:

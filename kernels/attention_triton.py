@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gpu
 from .attention_triton_kernels import LOG2E, delta_kernel, forward_kernel, keys_kernel, queries_kernel
-from .gpu import AttentionTiles, Block, launch, tiles
+from .gpu import AttentionTiles, Block, address, launch, pretended, tiles
 
 Bounds = tuple[int, ...]
 
@@ -76,6 +77,7 @@ def forward(
         forward_kernel, block, programs, heads,
         out=out, lse=lse, scale=scale * LOG2E.value, stride_out=heads * width,
     )  # fmt: skip
+    _tell(4, q, bounds_q, bounds_k, causal)
     return out, lse
 
 
@@ -110,7 +112,20 @@ def backward(
     block = call.tiles.queries
     programs = work_list(bounds_q, bounds_k, block.rows, "queries" if causal else "")
     call.launch(queries_kernel, block, programs, heads, dq=dq, stride_dq=heads * width, **shared)
+    _tell(14, q, bounds_q, bounds_k, causal)
     return dq, dk, dv
+
+
+def _tell(operations: int, q: Tensor, bounds_q: Bounds, bounds_k: Bounds, causal: bool) -> None:
+    """Tells a trace without memory, for which no kernel is started, of so many operations E a visible pair and head."""
+    if pretended(q):
+        from .spend import (
+            spend,
+        )  # an operator of torch's, of which a process has one: mutated copies must not make another
+
+        sides = [(b - a, d - c) for (a, b), (c, d) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True)]
+        pairs = sum(n * (n + 1) // 2 if causal else n * m for n, m in sides)
+        spend(operations * pairs * q.shape[1] * q.shape[2], "attention")
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,7 @@ class _Call:
 
     def launch(self, kernel: Any, block: Block, programs: np.ndarray, heads: int, **own: Any) -> None:
         """One program a tile and head; `own` are the kernel's own arguments."""
-        if not len(programs):
+        if not len(programs) or pretended(self.rows["q"]):
             return
         q, k = self.rows["q"], self.columns["k"]
         # not waited for: memory that isn't pinned is staged before the call returns
@@ -211,5 +226,5 @@ def _alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _readable(x: Tensor) -> bool:
     """Heads of unit stride; address and other strides as descriptors and wide loads ask for them, and not too long."""
     token, head, unit = x.stride()
-    aligned = x.data_ptr() % 16 == 0 and token % 16 == 0 and head % 16 == 0
+    aligned = address(x) % 16 == 0 and token % 16 == 0 and head % 16 == 0
     return unit == 1 and aligned and 0 < token <= LONGEST_STRIDE and head > 0

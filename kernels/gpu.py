@@ -92,6 +92,11 @@ def pretended(x: Tensor) -> bool:
     return _PRETENDED.get() is not None and isinstance(x, FakeTensor)
 
 
+def address(x: Tensor) -> int:
+    """Where its first element is; of a fake tensor, in its storage, which would begin at a multiple of any alignment."""
+    return int(x.storage_offset()) * x.element_size() if pretended(x) else x.data_ptr()
+
+
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda or pretended(x)
 
@@ -109,7 +114,9 @@ def tiles(size: int, tile: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **flags: Any) -> None:
-    """Runs a Triton kernel on the device of its tensors: Triton alone would take the current one."""
+    """Runs a Triton kernel on the device of its tensors: Triton alone would take the current one. Fake ones are left alone."""
+    if _PRETENDED.get() is not None and any(isinstance(x, FakeTensor) for x in (*arguments, *flags.values())):
+        return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **flags)
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gpu import Tile, capability, launch, tiles
+from .gpu import Tile, address, capability, launch, tiles
 from .scores import Partial, Scores, Stats, Upstream
 
 BLOCK_BYTES = 640 << 20
@@ -433,7 +433,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _aligned(x: Tensor) -> bool:
     """What a tensor memory descriptor asks of base address and row length."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
+    return address(x) % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
 
 
 def _launch_partial(scores: Scores, target_z: Tensor, kept: Tensor | None) -> Tensor:

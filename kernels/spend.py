@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-torch.library.define("longreach::spend", "(int flops) -> ()")
+torch.library.define("longreach::spend", "(int flops, str kind) -> ()")
 
 
 @torch.library.impl("longreach::spend", "CompositeExplicitAutograd")
-def _spend(flops: int) -> None:
-    del flops
+def _spend(flops: int, kind: str) -> None:
+    del flops, kind
 
 
-def spend(flops: int) -> None:
-    """Says that so many operations happen here, whose result never reaches memory."""
-    torch.ops.longreach.spend(flops)
+def spend(flops: int, kind: str = "products") -> None:
+    """Says that so many operations happen here, whose result never reaches memory; `kind`: of what."""
+    torch.ops.longreach.spend(flops, kind)

@@ -92,6 +92,7 @@ def setting_of(recipe: Recipe, gpus: int) -> Setting:
         gpus=gpus,
         ring=parallel.ring,
         ulysses=parallel.ulysses,
+        schedule=parallel.schedule,
         shard=parallel.shard,
         dtype=model.dtype,
         autocast=model.autocast,

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..engine.launch import Job
 from ..engine.model import read_config
+from ..engine.planner_cut import shares
 from ..engine.planner_hardware import GPUS, gpu_named
 from ..engine.planner_memory import Setting, training_memory
 from ..engine.planner_shape import KNOWN, config_of, shape_of
-from ..engine.planner_time import update_work
+from ..engine.planner_time import rank_work, update_work
 from .console import Console
 from .plan import ONE_PASS, Plan, make_plan
 from .plan_sweep import sweep, sweep_figure, sweep_text
@@ -73,19 +74,20 @@ def run_plan(known: argparse.Namespace, overrides: Sequence[tuple[str, str]], co
 
 
 def trace_text(plan: Plan, folder: str | None = None) -> str:
-    """Each phase's fullest row through the real step without memory, beside the formulas: on one GPU, nothing offloaded."""
+    """Each phase's fullest row through the real step of one rank without memory, beside the formulas."""
     from ..engine.planner_trace import trace_step  # needs Triton, which plans don't
 
     config = _config(plan.recipe, folder)
-    shape, setting = shape_of(config), alone(plan.chosen.setting)
+    shape, setting = shape_of(config), traceable(plan.chosen.setting)
     rows = []
     for load in plan.loads:
         start = time.perf_counter()
-        made = trace_step(config, setting, load.row, capability=plan.gpu.capability)
+        made = trace_step(config, setting, load.row, capability=plan.gpu.capability, rank=setting.ulysses - 1)
         took = time.perf_counter() - start
         memory = training_memory(shape, setting, load.row)
         formula = memory.total - memory.parts["optimizer"]
-        flops = update_work(shape, setting, load.row, ONE_PASS).flops
+        work = update_work(shape, setting, load.row, ONE_PASS)
+        flops = max(rank_work(load.row, work, share).flops for share in shares(shape, setting, load.row))
         rows.append([
             load.name, f"{load.row.tokens:,}", f"{made.peak / 1e9:.2f}", f"{formula / 1e9:.2f}", f"{formula / made.peak - 1:+.1%}",
             f"{made.flops / 1e12:,.1f}", f"{flops / 1e12:,.1f}", f"{flops / made.flops - 1:+.2%}", f"{took:.0f}",
@@ -101,24 +103,13 @@ def trace_text(plan: Plan, folder: str | None = None) -> str:
         "off by",
         "seconds",
     ]
-    head = "one micro-batch by the real step, traced without memory on one GPU (no sharding, offloading or optimizer)"
+    head = "one micro-batch by the real step of the fullest rank, traced without memory (no optimizer, no reference)"
     return f"{head}\n" + table(names, rows)
 
 
-def alone(setting: Setting) -> Setting:
-    """The part of a setting that one GPU's trace can have."""
-    return replace(
-        setting,
-        gpus=1,
-        ring=1,
-        ulysses=1,
-        offload_activations=False,
-        liger=False,
-        optimizer="adamw",
-        serve=0,
-        servers=None,
-        reference=False,
-    )
+def traceable(setting: Setting) -> Setting:
+    """The part of a setting that a trace can have: one model's update, and nobody who generates."""
+    return replace(setting, serve=0, servers=None, reference=False)
 
 
 def _config(recipe: Recipe, folder: str | None) -> Any:

@@ -82,13 +82,15 @@ def test_longest_contexts_are_near_those_reported(
 ) -> None:
     """Another implementation's limits, not this one's: a factor of two either way would be a wrong formula.
 
-    Where attention decides (everything tiled and offloaded) ours reaches less: it sums partial gradients in fp32.
+    Where attention decides (everything tiled and offloaded) ours reaches less: it sums partial gradients in fp32. Theirs
+    moves weights' gradients out as the backward makes them; ours keeps them, to be clipped, so they are left out here.
     """
     setting = Setting(dtype="bfloat16", optimizer="adamw-offload", gradient_checkpointing=True, gpus=gpus, ulysses=gpus)
     setting = replace(setting, **features)  # type: ignore[arg-type]
 
     def needed(share: float) -> float:
-        return training_memory(LLAMA, setting, Row(1, 1, 1, int(share * reported * 1000))).total
+        made = training_memory(LLAMA, setting, Row(1, 1, 1, int(share * reported * 1000)))
+        return made.total - made.parts["gradients"]
 
     assert needed(0.6) < GPUS[gpu].usable < needed(1.25)
 
@@ -127,7 +129,8 @@ def test_ranks_share_the_work() -> None:
         for n, u in ((1, 1), (8, 1), (8, 8))
     )
     assert data.times["update"].seconds == pytest.approx(one.times["update"].seconds / 8)
-    assert sequence.times["update"].seconds == pytest.approx(one.times["update"].seconds / 8)
+    shared, alone = sequence.times["update"].seconds, one.times["update"].seconds / 8
+    assert alone < shared < 1.25 * alone  # attention whose sums have one order, and the vocabulary once more
     assert sequence.memory["update"].total < data.memory["update"].total
     assert sequence.times["update"].communication > 0 == data.times["update"].communication
     assert data.tokens_per_second > 7 * one.tokens_per_second

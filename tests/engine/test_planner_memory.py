@@ -91,7 +91,7 @@ def test_every_part_of_the_state() -> None:
 
 def test_sharding_leaves_a_share_of_the_state() -> None:
     shape = KNOWN["Qwen/Qwen3-14B"]
-    whole, shared = state_parts(shape, AUTOCAST), state_parts(shape, replace(AUTOCAST, gpus=16), gathered=False)
+    whole, shared = state_parts(shape, AUTOCAST), state_parts(shape, replace(AUTOCAST, gpus=16))
     for part in whole:
         assert shared[part] == pytest.approx(whole[part] / 16)
     unsharded = state_parts(shape, replace(AUTOCAST, gpus=16, shard=False))
@@ -127,7 +127,7 @@ def test_offloaded_inputs_and_states_stand_on_the_host() -> None:
     assert made.host == 36 * 2 * 4096 * row.tokens
     assert (
         training_memory(shape, replace(setting, optimizer="adamw-offload"), row).host
-        == made.host + 12 * shape.parameters
+        == made.host + 16 * shape.parameters
     )
 
 
@@ -149,7 +149,9 @@ def test_a_generator_of_its_own_where_weights_are_sharded() -> None:
     many = generation_memory(shape, replace(AUTOCAST, gpus=8), 100_000, 60_000)
     served = generation_memory(shape, replace(AUTOCAST, gpus=8, serve=4), 100_000, 60_000)
     assert one.parts["generator weights"] == 0
-    assert many.parts["generator weights"] == 2 * shape.parameters == 4 * served.parts["generator weights"]
+    edges = 2 * shape.head_parameters  # embeddings and head are gathered as they are stored
+    assert many.parts["generator weights"] == 2 * shape.layers * shape.layer_matrices + 4 * edges
+    assert served.parts["generator weights"] == 2 * shape.parameters / 4
     keys = 2 * 36 * 1024 * 2 * 100_000
     assert many.parts["generator keys and values"] == keys == 4 * served.parts["generator keys and values"]
 

@@ -18,15 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from longreach.engine import Group
 from longreach.engine.model import LoraConfig
 from longreach.engine.planner_memory import Setting
+from longreach.engine.planner_operators import attention_pairs
 from longreach.engine.planner_shape import ModelShape, Row, config_of
-from longreach.engine.planner_trace import (
-    StepTrace,
-    _as_fake,
-    attention_pairs,
-    trace,
-    trace_step,
-)
 from longreach.engine.planner_trace import _model as make_model
+from longreach.engine.planner_trace import trace_step
+from longreach.engine.planner_tracer import StepTrace, _as_fake, trace
 from longreach.kernels import attention, linear_policy_loss
 from longreach.kernels.gpu import HOPPER, pretending
 
@@ -179,9 +175,9 @@ def test_adapters_are_traced_too() -> None:
     assert 0 < frozen.flops < full.flops
 
 
-@pytest.mark.parametrize("setting", [Setting(gpus=2), Setting(offload_activations=True), Setting(liger=True)])
+@pytest.mark.parametrize("setting", [Setting(gpus=2, ring=2, schedule="ring-flash-attn")])
 def test_what_has_no_trace_says_so(setting: Setting) -> None:
-    with pytest.raises(ValueError, match="only one GPU's step"):
+    with pytest.raises(ValueError, match="ring-flash-attn's kernels can't be traced"):
         trace_step(config_of(SHAPE), setting, ROW)
 
 

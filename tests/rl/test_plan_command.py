@@ -47,8 +47,12 @@ def test_a_custom_gpu(longreach: Callable[..., Result]) -> None:
     assert status == 0 and "on 2 x custom (45.1 GB" in out
 
 
-def test_a_trace_stands_beside_the_formulas(longreach: Callable[..., Result], tiny_dir: Path) -> None:
-    status, out, _ = longreach("plan", "smoke", "--model.path", str(tiny_dir), "--trace", "--model.dtype", "bfloat16")
+@pytest.mark.parametrize("ranks", [(), ("--gpus", "4", "--parallel.ring", "2", "--parallel.schedule", "ring")])
+def test_a_trace_stands_beside_the_formulas(
+    longreach: Callable[..., Result], tiny_dir: Path, ranks: tuple[str, ...]
+) -> None:
+    keys = ("--model.path", str(tiny_dir), "--model.dtype", "bfloat16")
+    status, out, _ = longreach("plan", "smoke", *keys, "--trace", *ranks)
     lines = [line for line in out.partition("traced without memory")[2].splitlines() if "phase" in line and "%" in line]
     assert status == 0 and len(lines) == 2
     for line in lines:
