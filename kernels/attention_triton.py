@@ -119,9 +119,8 @@ def backward(
 def _tell(operations: int, q: Tensor, bounds_q: Bounds, bounds_k: Bounds, causal: bool) -> None:
     """Tells a trace without memory, for which no kernel is started, of so many operations E a visible pair and head."""
     if pretended(q):
-        from .spend import (
-            spend,
-        )  # an operator of torch's, of which a process has one: mutated copies must not make another
+        # an operator of torch's, of which a process has one: imported above, mutated copies of this file would make another
+        from .spend import spend
 
         sides = [(b - a, d - c) for (a, b), (c, d) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True)]
         pairs = sum(n * (n + 1) // 2 if causal else n * m for n, m in sides)
