@@ -53,7 +53,7 @@ def gathered_bytes(shape: ModelShape, setting: Setting) -> Gathered:
     if not setting.sharded:
         return Gathered()
     edges = shape.head_parameters * (1 if shape.tied else 2)
-    root, layer, trained, at_edges = setting.stored * edges, setting.computed * shape.layer_matrices, 0, 0
+    root, layer = setting.stored * edges, setting.computed * shape.layer_matrices
     reduced = setting.stored if setting.lora is None else WIDE  # adapters are fp32
     if setting.lora is None:
         trained, at_edges = shape.layer_matrices, edges

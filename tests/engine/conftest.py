@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,30 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def largest_tensor() -> LargestTensor:
     return LargestTensor()
+
+
+class _Nothing:
+    """A stream or an event on a device that does everything at once."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *_, **__: _Nothing()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao's module sees a torch whose `cuda` is the CPU, without pinned memory."""
+    pytest.importorskip("torchao")
+    calm = types.ModuleType("torch")
+    calm.__dict__.update(vars(torch))
+    streams = types.SimpleNamespace(Stream=_Nothing, current_stream=_Nothing, stream=lambda _: _Nothing())
+    calm.cuda = streams  # type: ignore[attr-defined]
+    calm.empty_like = lambda x, device=None, pin_memory=False: torch.empty_like(x)  # type: ignore[attr-defined]
+    monkeypatch.setattr("torchao.optim.cpu_offload.torch", calm)
+    monkeypatch.setattr("torchao.optim.cpu_offload.get_available_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)

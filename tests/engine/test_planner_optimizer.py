@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -77,31 +76,11 @@ def test_averages_of_8_bits() -> None:
     assert counted == OPTIMIZER_BYTES["adamw-8bit"] * sum(p.numel() for p in model.parameters())
 
 
-class Nothing:
-    """A stream or an event on a device that does everything at once."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *_, **__: Nothing()
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def test_an_offloaded_update_leaves_the_gpu_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("on_the_cpu")
+def test_an_offloaded_update_leaves_the_gpu_its_gradients() -> None:
     """On the host a copy, its gradient and two averages; on the GPU no average, but the gradients until the update."""
-    pytest.importorskip("torchao")
     from longreach.engine.torchao_optimizer import OffloadedAdamW
 
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, Nothing)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x, device=None, pin_memory=False, **_: empty_like(x))
-    monkeypatch.setattr("torchao.optim.cpu_offload.get_available_devices", lambda: ["cpu", "cuda"])
     model = weights()
     optimizer = OffloadedAdamW([{"params": list(model.parameters()), "weight_decay": 0.0}], {"lr": 0.1})
     for parameter in model.parameters():
